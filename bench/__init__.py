@@ -1,0 +1,1 @@
+"""The test bed, the demonstration and the benchmarks."""

@@ -1,0 +1,215 @@
+"""From limits to a BPF object.
+
+clang compiles ``limiter.bpf.c`` once; the result is the same for every pod and kept in a cache on disk under a
+name that covers everything it was made from. A pod's object is that template with the pod's limits and identity
+written into its data sections, at the places that the symbol table tells: no compiler runs per pod, and
+anything that reads BPF objects (bpftool, libbpf) can load the result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from ctypes import Structure, sizeof
+from functools import cache
+from importlib import resources
+from io import BytesIO
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from elftools.common.exceptions import ELFError
+from elftools.elf.elffile import ELFFile
+
+from bpfrl.bpf import law
+from bpfrl.bpf.layout import LAYOUT, IdentityData, LimitsData
+from bpfrl.errors import BpfrlError, CompilerError, InvalidObjectError
+from bpfrl.limits import Limits, PodRef
+
+log = logging.getLogger(__name__)
+
+# -mcpu=v3 has compare-and-swap (kernel 5.12); -g makes the BTF that libbpf needs for maps.
+_FLAGS: Final = ("-target", "bpf", "-mcpu=v3", "-O2", "-g", "-Wall", "-Wextra", "-Werror")
+_SOURCE_SUFFIXES: Final = (".c", ".h")
+_LAST_LINES: Final = 3
+
+
+class Contents(NamedTuple):
+    """What a limiter's object says of itself."""
+
+    pod: PodRef | None
+    limits: Limits
+    build: bytes
+
+
+class _Template(NamedTuple):
+    image: bytes
+    build: bytes
+    limits_at: int
+    identity_at: int
+
+
+@cache
+def _template() -> _Template:
+    image = compile_object("limiter.bpf.c")
+    return _Template(
+        image,
+        hashlib.sha256(image).digest(),
+        _place(image, "limits", LimitsData),
+        _place(image, "identity", IdentityData),
+    )
+
+
+def generate(pod: PodRef | None, limits: Limits) -> bytes:
+    """The object of a limiter with these limits, and for this pod where it is known already.
+
+    Raises:
+        CompilerError: the template is not in the cache, and clang cannot make it.
+    """
+    template = _template()
+    image = bytearray(template.image)
+    _write(image, template.limits_at, law.encode(limits))
+    _write(image, template.identity_at, _identity(pod, template.build))
+    return bytes(image)
+
+
+def relabel(image: bytes, pod: PodRef) -> bytes:
+    """The same object, for this pod.
+
+    Raises:
+        InvalidObjectError: the bytes are no limiter of this layout.
+    """
+    contents = inspect(image)
+    changed = bytearray(image)
+    _write(changed, _place(image, "identity", IdentityData), _identity(pod, contents.build))
+    return bytes(changed)
+
+
+def inspect(image: bytes) -> Contents:
+    """Read back what :func:`generate` wrote.
+
+    Raises:
+        InvalidObjectError: the bytes are no limiter of this layout.
+    """
+    identity = IdentityData.from_buffer_copy(image, _place(image, "identity", IdentityData))
+    if identity.layout != LAYOUT:
+        raise InvalidObjectError(
+            f"the object has layout {identity.layout}, this bpfrl knows {LAYOUT}: generate it again with this version"
+        )
+    data = LimitsData.from_buffer_copy(image, _place(image, "limits", LimitsData))
+    try:
+        pod = read_identity(identity)
+        limits = law.decode(data)
+    except (BpfrlError, UnicodeDecodeError) as error:
+        raise InvalidObjectError(f"the object's limits or identity are damaged ({error}): generate it again") from error
+    return Contents(pod, limits, bytes(identity.build))
+
+
+def read_identity(identity: IdentityData) -> PodRef | None:
+    """The pod that an object or a pinned map names, or None for one made for no pod in particular.
+
+    Raises:
+        InvalidValueError: it names no possible pod.
+        UnicodeDecodeError: it does not even hold text.
+    """
+    if not identity.uid:
+        return None
+    return PodRef(identity.uid.decode(), identity.namespace.decode(), identity.name.decode())
+
+
+@cache
+def compile_object(source: str) -> bytes:
+    """Compile one of this package's programs, or take it from the cache.
+
+    Raises:
+        CompilerError: clang is missing or failed.
+    """
+    clang, strip = (_tool(name) for name in ("clang", "llvm-strip"))
+    with resources.as_file(resources.files(__package__)) as folder:
+        cached = _cache_folder() / f"{_digest(folder, source, (clang, strip))}.o"
+        try:
+            return cached.read_bytes()
+        except OSError:
+            log.info("compiling %s", source)
+        with tempfile.TemporaryDirectory(prefix="bpfrl-") as scratch:
+            output = Path(scratch, "output.o")
+            headers = Path("/usr/include", f"{platform.machine()}-linux-gnu")
+            _run([clang, *_FLAGS, f"-I{headers}", "-c", str(folder / source), "-o", str(output)])
+            _run([strip, "-g", str(output)])
+            image = output.read_bytes()
+    _keep(cached, image)
+    return image
+
+
+def _digest(folder: Path, source: str, tools: tuple[str, ...]) -> str:
+    """A name for everything that the compiler's output follows from."""
+    digest = hashlib.sha256(repr((source, _FLAGS)).encode())
+    for tool in tools:
+        status = os.stat(tool)
+        digest.update(repr((os.path.realpath(tool), status.st_size, status.st_mtime_ns)).encode())
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _SOURCE_SUFFIXES:
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _cache_folder() -> Path:
+    # The XDG Base Directory Specification's place for what can be made again.
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "bpfrl")
+
+
+def _keep(cached: Path, image: bytes) -> None:
+    """Write to the cache whole or not at all; without one every process compiles, which is only slower."""
+    try:
+        cached.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cached.parent) as scratch:
+            complete = Path(scratch, cached.name)
+            complete.write_bytes(image)
+            os.replace(complete, cached)
+    except OSError as error:
+        log.warning("no compile cache in %s: %s", cached.parent, error.strerror)
+
+
+def _tool(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        raise CompilerError(f"{name} is not installed: apt-get install clang llvm libbpf-dev")
+    return path
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+        reason = "; ".join(line.strip() for line in lines[:_LAST_LINES])
+        raise CompilerError(f"{os.path.basename(command[0])} failed (is libbpf-dev installed?): {reason}")
+
+
+def _identity(pod: PodRef | None, build: bytes) -> IdentityData:
+    names = (part.encode() for part in (pod.uid, pod.namespace, pod.name)) if pod else ()
+    return IdentityData(LAYOUT, *names, build=tuple(build))
+
+
+def _write(image: bytearray, place: int, data: Structure) -> None:
+    image[place : place + sizeof(data)] = bytes(data)
+
+
+def _place(image: bytes, symbol: str, expected: type[Structure]) -> int:
+    """The offset in the file of a symbol's data, checked against the structure that is to be there."""
+    try:
+        elf = ELFFile(BytesIO(image))
+        table = elf.get_section_by_name(".symtab")
+        entries = table.get_symbol_by_name(symbol) if elf["e_machine"] == "EM_BPF" and table else None
+        if entries:
+            section = elf.get_section(entries[0]["st_shndx"])
+            place = int(section["sh_offset"] + entries[0]["st_value"])
+            fits = section["sh_type"] == "SHT_PROGBITS" and place + sizeof(expected) <= len(image)
+            if fits and entries[0]["st_size"] == sizeof(expected):
+                return place
+    except (ELFError, AttributeError, KeyError, TypeError, ValueError, IndexError, UnicodeDecodeError) as error:
+        log.debug("not an object", exc_info=error)
+    raise InvalidObjectError("this is not a bpfrl limiter, or one of another version: make it with bpfrl generate")

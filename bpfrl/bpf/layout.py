@@ -1,0 +1,77 @@
+"""``limiter.h`` for Python: the structures that the programs and user space share.
+
+ctypes lays them out as the C compiler does; a unit test compares every offset with the object's BTF.
+"""
+
+from __future__ import annotations
+
+from ctypes import Structure, c_char, c_int64, c_uint8, c_uint32, c_uint64
+from dataclasses import dataclass
+from typing import Final, Self
+
+LAYOUT: Final = 1
+RATIO_SHIFT: Final = 24
+EGRESS: Final = 0
+INGRESS: Final = 1
+
+
+class LimitData(Structure):
+    """struct bpfrl_limit."""
+
+    _fields_ = (
+        ("rate_bits", c_uint64),
+        ("rate", c_uint64),
+        ("cost_mult", c_uint64),
+        ("cost_shift", c_uint64),
+        ("burst_ns", c_int64),
+        ("share_ns", c_int64),
+        ("drop_ns", c_int64),
+        ("fair_onset_ns", c_int64),
+        ("fair_cap", c_uint64),
+        ("fair_d0", c_uint64),
+        ("fair_q2", c_uint64),
+    )
+
+
+class LimitsData(Structure):
+    """struct bpfrl_limits."""
+
+    _fields_ = (("burst", c_uint64), ("direction", LimitData * 2))
+
+
+class IdentityData(Structure):
+    """struct bpfrl_identity."""
+
+    _fields_ = (
+        ("layout", c_uint32),
+        ("uid", c_char * 64),
+        ("namespace", c_char * 64),
+        ("name", c_char * 256),
+        ("build", c_uint8 * 32),
+    )
+
+
+class CountersData(Structure):
+    """struct bpfrl_counters."""
+
+    _fields_ = (
+        ("passed_packets", c_uint64),
+        ("passed_bytes", c_uint64),
+        ("dropped_packets", c_uint64),
+        ("dropped_bytes", c_uint64),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """What one direction has done since attach, as packets on the wire and their bytes at layer 3."""
+
+    passed_packets: int = 0
+    passed_bytes: int = 0
+    dropped_packets: int = 0
+    dropped_bytes: int = 0
+
+    @classmethod
+    def total(cls, per_cpu: list[CountersData]) -> Self:
+        """The sum over the CPUs."""
+        return cls(*(sum(getattr(cpu, field) for cpu in per_cpu) for field, _ in CountersData._fields_))

@@ -1,0 +1,262 @@
+"""The kernel's BPF interface, typed.
+
+bcc's library is linked with libbpf, and its symbols resolve through it: nothing else has to be installed, and
+nothing but this module imports bcc, which costs 70 MB of address space and a tenth of a second.
+
+Everything that the kernel hands out is a :class:`Descriptor`, closed where its ``with`` ends. All functions
+raise :class:`PermissionDeniedError` without the privileges and :class:`KernelError` where the kernel refuses,
+with the reason in the text.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
+from enum import IntEnum
+from functools import cache
+from pathlib import Path
+from typing import Any, Final, NoReturn, Self, TypeVar
+
+from bpfrl.errors import KernelError, PermissionDeniedError
+
+Data = TypeVar("Data", bound=Structure)
+
+_LOG_BYTES: Final = 1 << 20
+_LOG_LINES: Final = 3
+_READ_BYTES: Final = 1 << 16
+
+
+class AttachType(IntEnum):
+    """enum bpf_attach_type (linux/bpf.h), as far as bpfrl attaches."""
+
+    CGROUP_INET_INGRESS = 0
+    CGROUP_INET_EGRESS = 1
+    CGROUP_SOCK_OPS = 3
+    TRACE_ITER = 28
+
+
+class _OpenOptions(Structure):
+    """struct bpf_object_open_opts (bpf/libbpf.h)."""
+
+    _fields_ = (
+        ("sz", c_size_t),
+        ("object_name", c_char_p),
+        ("relaxed_maps", c_bool),
+        ("pin_root_path", c_char_p),
+        ("_removed", c_uint32),
+        ("kconfig", c_char_p),
+        ("btf_custom_path", c_char_p),
+        ("kernel_log_buf", c_void_p),
+        ("kernel_log_size", c_size_t),
+        ("kernel_log_level", c_uint32),
+    )
+
+
+class _CgroupLinkInfo(Structure):
+    """struct bpf_link_info (linux/bpf.h), of a link to a cgroup."""
+
+    _fields_ = (
+        ("type", c_uint32),
+        ("id", c_uint32),
+        ("prog_id", c_uint32),
+        ("cgroup_id", c_uint64),
+        ("attach_type", c_uint32),
+        ("_rest", c_uint32 * 16),
+    )
+
+
+class _MapInfo(Structure):
+    """The beginning of struct bpf_map_info (linux/bpf.h)."""
+
+    _fields_ = (
+        ("type", c_uint32),
+        ("id", c_uint32),
+        ("key_size", c_uint32),
+        ("value_size", c_uint32),
+    )
+
+
+_PROTOTYPES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
+    "libbpf_set_print": (c_void_p, (c_void_p,)),
+    "libbpf_num_possible_cpus": (c_int, ()),
+    "bpf_object__open_mem": (c_void_p, (c_char_p, c_size_t, POINTER(_OpenOptions))),
+    "bpf_object__load": (c_int, (c_void_p,)),
+    "bpf_object__close": (None, (c_void_p,)),
+    "bpf_object__find_program_by_name": (c_void_p, (c_void_p, c_char_p)),
+    "bpf_object__find_map_by_name": (c_void_p, (c_void_p, c_char_p)),
+    "bpf_program__fd": (c_int, (c_void_p,)),
+    "bpf_map__fd": (c_int, (c_void_p,)),
+    "bpf_map__reuse_fd": (c_int, (c_void_p, c_int)),
+    "bpf_obj_pin": (c_int, (c_int, c_char_p)),
+    "bpf_obj_get": (c_int, (c_char_p,)),
+    "bpf_obj_get_info_by_fd": (c_int, (c_int, c_void_p, POINTER(c_uint32))),
+    "bpf_link_create": (c_int, (c_int, c_int, c_int, c_void_p)),
+    "bpf_link_update": (c_int, (c_int, c_int, c_void_p)),
+    "bpf_link_detach": (c_int, (c_int,)),
+    "bpf_iter_create": (c_int, (c_int,)),
+    "bpf_map_lookup_elem": (c_int, (c_int, c_void_p, c_void_p)),
+    "bpf_map_update_elem": (c_int, (c_int, c_void_p, c_void_p, c_uint64)),
+}
+
+
+class Descriptor:
+    """A file descriptor of a BPF object, closed when its context ends."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.number)
+
+    def pin(self, path: Path) -> None:
+        """Give the object a name in a bpffs; it lives at least as long as that."""
+        _check(_lib().bpf_obj_pin(self.number, os.fsencode(path)), f"pin {path}")
+
+
+class LoadedObject:
+    """The programs and maps of an object in the kernel, until its context ends or something pins them."""
+
+    def __init__(self, image: bytes, reuse: Mapping[str, Descriptor] | None = None) -> None:
+        """Load every program and make every map but those in ``reuse``, which are taken instead."""
+        lib = _lib()
+        log = ctypes.create_string_buffer(_LOG_BYTES)
+        options = _OpenOptions(object_name=b"bpfrl", kernel_log_buf=ctypes.addressof(log), kernel_log_size=len(log))
+        options.sz = ctypes.sizeof(options)
+        with ExitStack() as undo:
+            self._object = lib.bpf_object__open_mem(image, len(image), byref(options))
+            if not self._object:
+                _fail("open the BPF object")
+            undo.callback(lib.bpf_object__close, self._object)
+            for name, descriptor in (reuse or {}).items():
+                handle = lib.bpf_object__find_map_by_name(self._object, name.encode())
+                _check(lib.bpf_map__reuse_fd(handle, descriptor.number) if handle else -1, f"keep the map {name}")
+            if lib.bpf_object__load(self._object) < 0:
+                _fail("load the BPF programs", _last_lines(log.value.decode(errors="replace")))
+            undo.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _lib().bpf_object__close(self._object)
+
+    def program(self, name: str) -> Descriptor:
+        """A program, by its function's name; the descriptor belongs to the object."""
+        handle = _lib().bpf_object__find_program_by_name(self._object, name.encode())
+        return Descriptor(_check(_lib().bpf_program__fd(handle) if handle else -1, f"find the program {name}"))
+
+    def map(self, name: str) -> Descriptor:
+        """A map, by its name or its section's; the descriptor belongs to the object."""
+        handle = _lib().bpf_object__find_map_by_name(self._object, name.encode())
+        return Descriptor(_check(_lib().bpf_map__fd(handle) if handle else -1, f"find the map {name}"))
+
+
+def open_pinned(path: Path) -> Descriptor:
+    """Open a pinned program, map or link."""
+    return Descriptor(_check(_lib().bpf_obj_get(os.fsencode(path)), f"open {path}"))
+
+
+def attach(program: Descriptor, target: int, kind: AttachType) -> Descriptor:
+    """Link a program to a cgroup's descriptor; others that are attached there stay."""
+    number = _lib().bpf_link_create(program.number, target, kind, None)
+    return Descriptor(_check(number, f"attach to the cgroup ({kind.name.lower()})"))
+
+
+def replace(link: Descriptor, program: Descriptor) -> None:
+    """Put another program in a link's place, at once."""
+    _check(_lib().bpf_link_update(link.number, program.number, None), "replace a program")
+
+
+def detach(link: Descriptor) -> None:
+    """Take a link's program off its cgroup now, whoever still holds the link."""
+    _check(_lib().bpf_link_detach(link.number), "detach")
+
+
+def linked_cgroup(link: Descriptor) -> int:
+    """The id of the cgroup that a link's program runs for; 0 once that cgroup is gone."""
+    info = _CgroupLinkInfo()
+    size = c_uint32(ctypes.sizeof(info))
+    _check(_lib().bpf_obj_get_info_by_fd(link.number, byref(info), byref(size)), "look at a link")
+    return int(info.cgroup_id)
+
+
+def read(array: Descriptor, index: int, kind: type[Data]) -> Data:
+    """The value at an index of an array map."""
+    value = kind()
+    _expect(array, ctypes.sizeof(kind))
+    _check(_lib().bpf_map_lookup_elem(array.number, byref(c_uint32(index)), byref(value)), "read a map")
+    return value
+
+
+def read_per_cpu(array: Descriptor, index: int, kind: type[Data]) -> list[Data]:
+    """The values at an index of a per-CPU array map, one for each possible CPU."""
+    values = (kind * _check(_lib().libbpf_num_possible_cpus(), "count the CPUs"))()
+    _expect(array, ctypes.sizeof(kind))
+    _check(_lib().bpf_map_lookup_elem(array.number, byref(c_uint32(index)), byref(values)), "read a map")
+    return list(values)
+
+
+def write(array: Descriptor, index: int, value: Structure) -> None:
+    """Replace the value at an index of an array map."""
+    _expect(array, ctypes.sizeof(value))
+    _check(_lib().bpf_map_update_elem(array.number, byref(c_uint32(index)), byref(value), 0), "write a map")
+
+
+def iterate(program: Descriptor) -> None:
+    """Run an iterator program over everything that the calling thread's network namespace has."""
+    with Descriptor(_check(_lib().bpf_link_create(program.number, 0, AttachType.TRACE_ITER, None), "iterate")) as link:
+        number = _check(_lib().bpf_iter_create(link.number), "iterate")
+    with Descriptor(number):
+        while os.read(number, _READ_BYTES):
+            pass
+
+
+def _expect(array: Descriptor, value_size: int) -> None:
+    """The kernel copies as much as the map's values have: a foreign map must not overrun ours."""
+    info = _MapInfo()
+    size = c_uint32(ctypes.sizeof(info))
+    _check(_lib().bpf_obj_get_info_by_fd(array.number, byref(info), byref(size)), "look at a map")
+    if (info.key_size, info.value_size) != (ctypes.sizeof(c_uint32), value_size):
+        raise KernelError(f"a map has values of {info.value_size} byte where {value_size} were expected")
+
+
+def _check(result: int, action: str) -> int:
+    if result < 0:
+        _fail(action)
+    return result
+
+
+def _fail(action: str, details: str = "") -> NoReturn:
+    number = ctypes.get_errno()
+    if number in (errno.EPERM, errno.EACCES) and not details:
+        raise PermissionDeniedError(f"cannot {action}: this needs root (CAP_BPF, CAP_NET_ADMIN and CAP_SYS_ADMIN)")
+    raise KernelError(f"cannot {action}: {os.strerror(number)}{details and f' ({details})'}")
+
+
+def _last_lines(log: str) -> str:
+    """The end of the verifier's log, where it says what it did not like."""
+    lines = [line.strip() for line in log.splitlines() if line.strip() and not line.startswith("processed ")]
+    return "; ".join(lines[-_LOG_LINES:])
+
+
+@cache
+def _lib() -> Any:
+    try:
+        from bcc import lib  # noqa: PLC0415
+    except ImportError as error:
+        raise KernelError(
+            "python3-bpfcc is missing: apt-get install python3-bpfcc, and make the virtual environment"
+            " with /usr/bin/python3 -m venv --system-site-packages"
+        ) from error
+    for name, (result, arguments) in _PROTOTYPES.items():
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments
+    lib.libbpf_set_print(None)  # the reasons come back in errno and the log
+    return lib

@@ -1,0 +1,78 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * The layout that the limiter's programs and user space share.
+ *
+ * User space writes struct bpfrl_limits whole (one map update), and reads the
+ * counters; layout.py is the Python side of this file, and a unit test holds
+ * the two together through the object's BTF. Every value derived from a rate
+ * is computed there, once per change, so that the programs divide as little
+ * as possible.
+ *
+ * Any change of a structure here is a new BPFRL_LAYOUT: a limiter that is
+ * already in the kernel is updated in place only where the layout is its own.
+ */
+#ifndef BPFRL_LIMITER_H
+#define BPFRL_LIMITER_H
+
+#define BPFRL_LAYOUT 1
+
+#define BPFRL_UID_LEN 64	/* a pod UID has 36 characters, a static pod's 32 */
+#define BPFRL_NAMESPACE_LEN 64	/* DNS label: 63 and the terminating zero */
+#define BPFRL_NAME_LEN 256	/* DNS subdomain: 253 and the terminating zero */
+#define BPFRL_BUILD_LEN 32	/* SHA-256 */
+
+/* Fraction bits of D0 / D in the fair rate. */
+#define BPFRL_RATIO_SHIFT 24
+
+enum bpfrl_direction {
+	BPFRL_EGRESS,
+	BPFRL_INGRESS,
+	BPFRL_DIRECTIONS,
+};
+
+/* One direction's limit, and what follows from it. */
+struct bpfrl_limit {
+	__u64 rate_bits;	/* bit/s at layer 3; 0: no limit, count only */
+	__u64 rate;		/* byte/s, for the fair rate */
+	__u64 cost_mult;	/* ns per byte, with cost_shift fraction bits */
+	__u64 cost_shift;
+	__s64 burst_ns;		/* credit that an idle clock keeps */
+	__s64 share_ns;		/* backlog from which unpaced sockets are held to their share */
+	__s64 drop_ns;		/* backlog from which packets are dropped */
+	__s64 fair_onset_ns;	/* backlog up to which fair_cap applies */
+	__u64 fair_cap;		/* byte/s */
+	__u64 fair_d0;		/* D0 in ns, shifted by BPFRL_RATIO_SHIFT */
+	__u64 fair_q2;		/* Q2 / D0 in byte/s */
+};
+
+struct bpfrl_limits {
+	__u64 burst;		/* byte, as asked for; 0: the default */
+	struct bpfrl_limit direction[BPFRL_DIRECTIONS];
+};
+
+/* Whose limiter this is, and which build of it. */
+struct bpfrl_identity {
+	__u32 layout;				/* BPFRL_LAYOUT */
+	char uid[BPFRL_UID_LEN];
+	char namespace[BPFRL_NAMESPACE_LEN];	/* empty: not known */
+	char name[BPFRL_NAME_LEN];		/* empty: not known */
+	__u8 build[BPFRL_BUILD_LEN];		/* digest of the object before it was filled in */
+};
+
+/* Per CPU and direction. Packets and bytes are those on the wire at layer 3:
+ * a GSO packet counts as its segments, each with its headers. */
+struct bpfrl_counters {
+	__u64 passed_packets;
+	__u64 passed_bytes;
+	__u64 dropped_packets;
+	__u64 dropped_bytes;
+};
+
+/* What a socket carries while its cgroup has a limiter. */
+struct bpfrl_socket {
+	__u64 tat;		/* not paced (UDP, raw): the socket's own clock */
+	__u32 cwnd;		/* TCP: the window's limit that was set, segments; 0: none */
+	__u32 own_pacing;	/* TCP: the application's SO_MAX_PACING_RATE, byte/s; 0: not paced yet */
+};
+
+#endif /* BPFRL_LIMITER_H */

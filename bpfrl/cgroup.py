@@ -1,0 +1,179 @@
+"""From a pod's UID to its cgroup, and back.
+
+The kubelet makes one cgroup per pod, and where it lies depends on the driver, the QoS class and how the node
+itself is nested. With ROOT as the cgroup2 mount and, perhaps, some levels below it:
+
+    driver     class       folder
+    systemd    Guaranteed  ROOT/kubepods.slice/kubepods-pod<uid>.slice
+               Burstable   ROOT/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod<uid>.slice
+               BestEffort  ROOT/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod<uid>.slice
+               nested      ROOT/.../kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod<uid>.slice, and so on
+    cgroupfs   Guaranteed  ROOT/kubepods/pod<uid>
+               others      ROOT/kubepods/burstable/pod<uid>, ROOT/kubepods/besteffort/pod<uid>
+               nested      ROOT/.../kubelet/kubepods/pod<uid>, and so on
+
+systemd writes '-' in the UID as '_', because in the name of a slice it stands for a level. The UID of a
+static pod is the hash of its manifest, 32 digits without any '-'.
+
+So the folders that can hold pods ("parents") are few and known by name, and a pod's folder within each is
+known exactly: parents are looked for once and remembered, a pod costs one look per parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from bpfrl import libc
+from bpfrl.errors import CgroupNotFoundError, InvalidValueError
+from bpfrl.limits import PodRef
+from bpfrl.mounts import mounts
+
+_SLICE: Final = ".slice"
+_QOS: Final = ("burstable", "besteffort")
+_POLL_SECONDS: Final = 0.02
+
+
+def mount_point() -> Path:
+    """Where cgroup v2 is mounted: whole, or beside version 1 (the hybrid layout).
+
+    Raises:
+        CgroupNotFoundError: it is not mounted.
+    """
+    found = mounts("cgroup2")
+    if not found:
+        raise CgroupNotFoundError("cgroup v2 is not mounted: mount -t cgroup2 none /sys/fs/cgroup/unified")
+    # A container may see bind mounts of parts beside the whole, whose root is "/".
+    return min(found, key=lambda mount: (mount.root != "/", len(mount.path.parts))).path
+
+
+class CgroupTree:
+    """The pods' cgroups below a folder, by default the whole of cgroup v2."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = root or mount_point()
+        self._parents: list[Path] = []
+
+    def find(self, uid: str) -> Path:
+        """The cgroup of the pod with this UID.
+
+        Raises:
+            CgroupNotFoundError: there is none, or several that could be it.
+        """
+        found = self._look(uid)
+        if not found:
+            self._parents = list(_parents(self.root))
+            found = self._look(uid)
+        if not found:
+            raise CgroupNotFoundError(
+                f"no cgroup for pod {uid} under {self.root}: is it running on this node? (--wait waits for it)"
+            )
+        if len(found) > 1:
+            raise CgroupNotFoundError(
+                f"several cgroups for pod {uid}, name one with --cgroup: {', '.join(map(str, found))}"
+            )
+        return found[0]
+
+    def wait(self, uid: str, seconds: float) -> Path:
+        """Like :meth:`find`, but give the kubelet some time to make the cgroup first.
+
+        Raises:
+            CgroupNotFoundError: there is none even then.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                return self.find(uid)
+            except CgroupNotFoundError:
+                if time.monotonic() >= deadline:
+                    raise
+            time.sleep(_POLL_SECONDS)
+
+    def _look(self, uid: str) -> list[Path]:
+        candidates = (folder / _pod_folder(folder, uid) for folder in self._parents)
+        return [folder for folder in candidates if folder.is_dir()]
+
+
+def check(path: Path) -> Path:
+    """The path, if it is a folder of cgroup v2.
+
+    Raises:
+        InvalidValueError: it is not.
+    """
+    try:
+        device = os.stat(path).st_dev
+    except OSError as error:
+        raise InvalidValueError(f"'{path}' is no cgroup: {error.strerror}") from error
+    if not path.is_dir() or f"{os.major(device)}:{os.minor(device)}" not in {m.device for m in mounts("cgroup2")}:
+        raise InvalidValueError(f"'{path}' is no cgroup v2 folder: take one below {mount_point()}")
+    return path
+
+
+def id_of(path: Path) -> int:
+    """The id that the kernel knows a cgroup by: on 64-bit machines the inode's number."""
+    return os.stat(path).st_ino
+
+
+def path_of(cgroup_id: int) -> Path | None:
+    """The folder of the cgroup with this id, or None if it is gone. Needs CAP_DAC_READ_SEARCH."""
+    root = os.open(mount_point(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        node = libc.open_kernfs(root, cgroup_id)
+    except OSError as error:
+        if error.errno in (errno.ESTALE, errno.ENOENT):
+            return None
+        raise
+    finally:
+        os.close(root)
+    try:
+        return Path(os.readlink(f"/proc/self/fd/{node}"))
+    finally:
+        os.close(node)
+
+
+def network_namespaces(path: Path) -> list[Path]:
+    """One /proc entry for each network namespace that processes of a cgroup, and of those below it, are in.
+
+    They are as short-lived as the processes: open them soon.
+    """
+    found: dict[int, Path] = {}
+    for folder, _, _ in os.walk(path):
+        with contextlib.suppress(OSError):
+            for pid in Path(folder, "cgroup.procs").read_text().split():
+                namespace = Path("/proc", pid, "ns", "net")
+                with contextlib.suppress(OSError):
+                    found.setdefault(namespace.stat().st_ino, namespace)
+    return list(found.values())
+
+
+def own_pod(path: Path) -> PodRef:
+    """A reference to a cgroup that is no pod."""
+    return PodRef.of_cgroup(id_of(path))
+
+
+def _parents(root: Path) -> Iterator[Path]:
+    """The folders that can hold pods, from the names that the kubelet gives them; pods are not entered."""
+    for folder, subfolders, _ in os.walk(root):
+        path = Path(folder)
+        if _holds_pods(path):
+            yield path
+            subfolders[:] = [name for name in subfolders if _holds_pods(path / name)]
+
+
+def _holds_pods(path: Path) -> bool:
+    stem = path.name.removesuffix(_SLICE)
+    if path.name.endswith(_SLICE):
+        levels = stem.split("-")
+        return levels[-1] == "kubepods" or (levels[-2:-1] == ["kubepods"] and levels[-1] in _QOS)
+    return stem == "kubepods" or (path.parent.name == "kubepods" and stem in _QOS)
+
+
+def _pod_folder(parent: Path, uid: str) -> str:
+    if parent.name.endswith(_SLICE):
+        return f"{parent.name.removesuffix(_SLICE)}-pod{uid.replace('-', '_')}{_SLICE}"
+    return f"pod{uid}"

@@ -1,0 +1,387 @@
+"""The bpfrl command: options in, one library call, a line or a table out.
+
+Results go to stdout, everything else to stderr. An error is one line; the exit code is 2 when what was typed cannot
+be meant, and 1 when it could not be done.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final, TypeVar
+
+import click
+from rich.console import Console
+from rich.live import Live
+
+from bpfrl import __version__, cgroup, render
+from bpfrl.bpf import generator
+from bpfrl.bpf.limiter import Broken, Status
+from bpfrl.cgroup import CgroupTree
+from bpfrl.errors import BpfrlError, InvalidValueError
+from bpfrl.limits import Limits, PodRef
+from bpfrl.node.agent import DEFAULT_BPFFS, Agent, Change
+from bpfrl.units import Rate, parse_size
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_FAILURE: Final = 1
+_USAGE: Final = 2
+_INTERRUPTED: Final = 130
+_LEVELS: Final = (logging.WARNING, logging.INFO, logging.DEBUG)
+_REDRAW_SECONDS: Final = 1.0
+# Wider than any row: what is piped is not to be cut off or folded.
+_PIPED_WIDTH: Final = 4096
+# A limiter has 24 KB; what is a thousand times as long is not one.
+_LONGEST_OBJECT: Final = 16 * 2**20
+
+
+class _OneLineErrors(click.Group):
+    """A group whose errors are one line each, and never a traceback."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs["standalone_mode"] = False
+        try:
+            code = super().main(*args, **kwargs)
+        except click.UsageError as error:
+            command = error.ctx.command_path if error.ctx else "bpfrl"
+            _die(f"{command}: {error.format_message()} (see {command} --help)", _USAGE)
+        except click.ClickException as error:
+            _die(f"bpfrl: {error.format_message()}", error.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            sys.exit(_INTERRUPTED)
+        except InvalidValueError as error:
+            _die(f"bpfrl: {error}", _USAGE)
+        except BpfrlError as error:
+            _die(f"bpfrl: {error}", _FAILURE)
+        except BrokenPipeError:
+            # The reader has seen enough. Nothing more can be flushed at exit either.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(_FAILURE)
+        except OSError as error:
+            place = f"{error.filename}: " if error.filename else ""
+            _die(f"bpfrl: {place}{error.strerror or error}", _FAILURE)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _die(message: str, code: int) -> None:
+    click.echo(message.replace("\n", " "), err=True)
+    sys.exit(code)
+
+
+class _Parsed(click.ParamType[Any]):
+    """A parameter that one of the library's own parsers reads."""
+
+    def __init__(self, name: str, parse: Callable[[str], object]) -> None:
+        self.name = name
+        self._parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return self._parse(value)
+        except InvalidValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _parse_uid(text: str) -> str:
+    return PodRef(text.strip().lower()).uid
+
+
+def _parse_pod_name(text: str) -> tuple[str, str]:
+    namespace, separator, name = text.partition("/")
+    if not (separator and namespace and name):
+        raise InvalidValueError(f"'{text}' is no pod's name: write it as NAMESPACE/NAME")
+    return namespace, name
+
+
+_RATE: Final = _Parsed("rate", Rate.parse)
+_SIZE: Final = _Parsed("size", parse_size)
+_UID: Final = _Parsed("uid", _parse_uid)
+_POD_NAME: Final = _Parsed("namespace/name", _parse_pod_name)
+_FOLDER: Final = click.Path(path_type=Path)
+
+
+@dataclass(frozen=True)
+class _Node:
+    """Where this node's limiters and cgroups are."""
+
+    bpffs: Path
+    cgroup_root: Path | None
+
+    def agent(self) -> Agent:
+        return Agent(self.bpffs, self.tree())
+
+    def tree(self) -> CgroupTree:
+        return CgroupTree(cgroup.check(self.cgroup_root) if self.cgroup_root else None)
+
+
+@click.group(cls=_OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, "--version", prog_name="bpfrl")
+@click.option("-v", "--verbose", count=True, help="Say what is done; twice for every detail.")
+@click.option(
+    "--bpffs",
+    type=_FOLDER,
+    default=DEFAULT_BPFFS,
+    show_default=True,
+    envvar="BPFRL_BPFFS",
+    help="Where limiters are pinned. A BPF file system is mounted there if none is. [env: BPFRL_BPFFS]",
+)
+@click.option(
+    "--cgroup-root",
+    type=_FOLDER,
+    envvar="BPFRL_CGROUP_ROOT",
+    help="Where pods' cgroups are looked for: the cgroup v2 mount, or a folder below it. [env: BPFRL_CGROUP_ROOT]",
+)
+@click.pass_context
+def cli(context: click.Context, verbose: int, bpffs: Path, cgroup_root: Path | None) -> None:
+    """Limit the network bandwidth of pods, with eBPF programs on their cgroups.
+
+    A limiter holds one pod, or any other cgroup, to a rate in each direction. It works with every CNI plugin,
+    with host-network pods, and for traffic that stays on the node. TCP is paced where it is sent, so that no queue
+    grows; what cannot be paced is held to the rate by dropping.
+
+    \b
+    RATES are bits per second at layer 3, headers included:
+      tc forms     10mbit  500kbit  2gbit
+      Kubernetes   10M  500k  2G  1Mi
+    SIZES are bytes: 64Ki  1Mi  65536
+
+    \b
+    EXAMPLES
+      bpfrl attach --pod-uid 8c4a6c1e-0f6b-4c0e-9d0b-0a5f5a3a7f10 --rate 10mbit
+      bpfrl attach --cgroup /sys/fs/cgroup/system.slice/backup.service --egress 100mbit
+      bpfrl list
+      bpfrl detach --pod-uid 8c4a6c1e-0f6b-4c0e-9d0b-0a5f5a3a7f10
+
+    \b
+    EXIT STATUS
+      0  done, or there was nothing to do
+      1  it could not be done
+      2  the options cannot be meant
+    """
+    logging.basicConfig(
+        format="bpfrl: %(message)s", level=_LEVELS[min(verbose, len(_LEVELS) - 1)], stream=sys.stderr, force=True
+    )
+    context.obj = _Node(bpffs, cgroup_root)
+
+
+def _limit_options(function: Function) -> Function:
+    for option in (
+        click.option("--burst", type=_SIZE, help="What an idle pod may send or receive at once. [default: by rate]"),
+        click.option("--ingress", type=_RATE, help="What the pod may receive; the other direction is left alone."),
+        click.option("--egress", type=_RATE, help="What the pod may send; the other direction is left alone."),
+        click.option("--rate", type=_RATE, help="The limit for each direction that is not given by itself."),
+    ):
+        function = option(function)
+    return function
+
+
+def _limits(rate: Rate | None, egress: Rate | None, ingress: Rate | None, burst: int | None) -> Limits:
+    limits = Limits(egress or rate, ingress or rate, burst)
+    if limits.unlimited:
+        raise click.UsageError("no limit is given: use --rate, --egress or --ingress, for example --rate 10mbit")
+    return limits
+
+
+_pod_uid_option = click.option("--pod-uid", type=_UID, help="The pod's UID: kubectl get pod -o jsonpath={.metadata.uid}")
+_pod_name_option = click.option("--pod-name", type=_POD_NAME, help="The pod's name, for bpfrl list to show.")
+
+
+@cli.command()
+@_limit_options
+@_pod_uid_option
+@_pod_name_option
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The file to write; - for a pipe.")
+def generate(
+    rate: Rate | None,
+    egress: Rate | None,
+    ingress: Rate | None,
+    burst: int | None,
+    pod_uid: str | None,
+    pod_name: tuple[str, str] | None,
+    output: Path,
+) -> None:
+    """Write a limiter as a BPF object, without attaching it.
+
+    The object is complete: it carries its limits, and any loader takes it ('bpftool prog loadall', 'bpfrl
+    attach --object'). This needs clang, but neither root nor BPF.
+    """
+    if pod_name and not pod_uid:
+        raise click.UsageError("--pod-name goes with --pod-uid")
+    limits = _limits(rate, egress, ingress, burst)
+    to_stdout = str(output) == "-"
+    if to_stdout and sys.stdout.isatty():
+        raise click.UsageError("an object is not for a terminal: use -o FILE, or pipe it somewhere")
+    image = generator.generate(PodRef(pod_uid, *(pod_name or ())) if pod_uid else None, limits)
+    # A regular file appears whole or not at all; what is a pipe or a device stays one.
+    atomic = not to_stdout and (output.is_file() or not output.exists())
+    with click.open_file(str(output), "wb", atomic=atomic) as file:
+        file.write(image)
+
+
+@cli.command()
+@_limit_options
+@_pod_uid_option
+@_pod_name_option
+@click.option("--cgroup", "path", type=_FOLDER, help="This cgroup v2 folder, of a pod or of anything else.")
+@click.option("--object", "file", type=click.File("rb"), help="Attach what bpfrl generate wrote, with its limits.")
+@click.option(
+    "--wait",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    metavar="SECONDS",
+    help="Wait as long for a pod whose cgroup is not there yet.",
+)
+@click.option("--dry-run", is_flag=True, help="Find the cgroup and say what would be done, and change nothing.")
+@click.pass_obj
+def attach(
+    node: _Node,
+    rate: Rate | None,
+    egress: Rate | None,
+    ingress: Rate | None,
+    burst: int | None,
+    pod_uid: str | None,
+    pod_name: tuple[str, str] | None,
+    path: Path | None,
+    file: BinaryIO | None,
+    wait: float,
+    dry_run: bool,
+) -> None:
+    """Limit a pod, or change the limits of one that has some.
+
+    Finds the pod's cgroup whatever the kubelet's cgroup driver and the pod's QoS class. New limits
+    replace the present ones in place: there is no moment without a limit, connections go on, and the counters too.
+    """
+    if not pod_uid and not path:
+        raise click.UsageError("which pod? use --pod-uid UID, or --cgroup PATH for a cgroup that is no pod")
+    if pod_name and not pod_uid:
+        raise click.UsageError("--pod-name goes with --pod-uid")
+    if file is None:
+        limits = _limits(rate, egress, ingress, burst)
+        image = None if dry_run else generator.generate(None, limits)
+    elif (rate, egress, ingress, burst) == (None, None, None, None):
+        image = file.read(_LONGEST_OBJECT)
+        limits = generator.inspect(image).limits
+    else:
+        raise click.UsageError("--object brings its own limits: leave out --rate, --egress, --ingress and --burst")
+
+    folder = cgroup.check(path) if path else node.tree().wait(pod_uid or "", wait)
+    pod = PodRef(pod_uid, *(pod_name or ())) if pod_uid else cgroup.own_pod(folder)
+    change = None if image is None or dry_run else node.agent().attach(image, pod, folder)
+    done = f"{change.value}" if change else "would be limited (dry run)"
+    click.echo(f"pod/{pod.uid} {done}: {_describe(limits)} at {folder}")
+
+
+def _describe(limits: Limits) -> str:
+    rates = (("egress", limits.egress), ("ingress", limits.ingress))
+    return ", ".join(f"{direction} {rate or 'unlimited'}" for direction, rate in rates)
+
+
+@cli.command()
+@click.option("--pod-uid", "uids", type=_UID, multiple=True, help="This pod, as bpfrl list shows it. Repeatable.")
+@click.option("--cgroup", "path", type=_FOLDER, help="This cgroup, attached by --cgroup alone.")
+@click.option("--all", "everything", is_flag=True, help="Every limiter on this node.")
+@click.pass_obj
+def detach(node: _Node, uids: tuple[str, ...], path: Path | None, everything: bool) -> None:
+    """Take the limit off a pod, and leave nothing of it behind.
+
+    Connections go on at full speed. A pod that has no limit is no error.
+    """
+    if sum((bool(uids), path is not None, everything)) != 1:
+        raise click.UsageError("which pod? use one of --pod-uid UID, --cgroup PATH and --all")
+    agent = node.agent()
+    targets: Sequence[str] = uids
+    if path:
+        targets = [cgroup.own_pod(cgroup.check(path)).uid]
+    elif everything:
+        targets = [found.uid if isinstance(found, Broken) else found.pod.uid for found in agent.list()]
+    failed = False
+    for uid in targets:
+        try:
+            click.echo(f"pod/{uid} {agent.detach(uid).value}")
+        except BpfrlError as error:
+            # With several to do, one that cannot be done is no reason to leave the others.
+            click.echo(f"bpfrl: {error}", err=True)
+            failed = True
+    if failed:
+        sys.exit(_FAILURE)
+
+
+@cli.command("list")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Choice(["table", "wide", "json", "yaml", "name"]),
+    default="table",
+    show_default=True,
+    help="The form of the output.",
+)
+@click.option("-w", "--watch", is_flag=True, help="Draw the table again each second, with the current rates.")
+@click.pass_obj
+def list_(node: _Node, output: str, watch: bool) -> None:
+    """Show the limited pods of this node.
+
+    Everything comes from the kernel; no daemon has to run. SENT and RECEIVED are bytes at layer 3 since the
+    limiter was attached, DROPPED is what did not pass; each is followed by its packets.
+    """
+    if watch and output not in ("table", "wide"):
+        raise click.UsageError(f"--watch draws tables: it does not go with -o {output}")
+    agent = node.agent()
+    if watch:
+        _watch(agent, wide=output == "wide")
+        return
+    rows, broken = _look(agent, paths=output not in ("table", "name"))
+    if output in ("table", "wide"):
+        if rows or broken:
+            _console().print(render.table(rows, broken, wide=output == "wide"))
+        else:
+            click.echo("no pods are limited here", err=True)
+        return
+    form = {"json": render.to_json, "yaml": render.to_yaml, "name": render.to_names}[output]
+    text = form(rows, broken)
+    if text:
+        click.echo(text)
+
+
+def _look(agent: Agent, *, paths: bool) -> tuple[list[render.Row], list[Broken]]:
+    found, now = agent.list(), time.time()
+    rows = [
+        render.Row(status, now, cgroup.path_of(status.cgroup_id) if paths and status.cgroup_id else None)
+        for status in found
+        if isinstance(status, Status)
+    ]
+    return rows, [folder for folder in found if isinstance(folder, Broken)]
+
+
+def _watch(agent: Agent, *, wide: bool) -> None:
+    console = _console()
+    live = Live(console=console, auto_refresh=False, screen=False) if console.is_terminal else None
+    before: dict[str, tuple[Status, float]] = {}
+    with live or nullcontext():
+        while True:
+            rows, broken = _look(agent, paths=wide)
+            rows = [row._replace(before=before.get(row.status.pod.uid)) for row in rows]
+            drawn = render.table(rows, broken, wide=wide, rates=True)
+            if live:
+                live.update(drawn, refresh=True)
+            else:
+                console.print(drawn)
+            before = {row.status.pod.uid: (row.status, row.now) for row in rows}
+            time.sleep(_REDRAW_SECONDS)
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH, highlight=False)
+
+
+def main() -> None:
+    """The entry point of the installed command."""
+    cli.main(prog_name="bpfrl")

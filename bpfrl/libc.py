@@ -1,0 +1,44 @@
+"""The three system calls that bpfrl needs and Python 3.11 does not have."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+from typing import Final
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+
+CLONE_NEWNET: Final = 0x40000000  # linux/sched.h
+MOUNT_NO_TRICKS: Final = 2 | 4 | 8  # linux/mount.h: MS_NOSUID, MS_NODEV, MS_NOEXEC
+_FILEID_KERNFS: Final = 0xFE  # linux/exportfs.h
+
+
+class _KernfsHandle(ctypes.Structure):
+    """struct file_handle (fcntl.h) with a kernfs node's id, which is 64 bits, as its content."""
+
+    _fields_ = (("handle_bytes", ctypes.c_uint), ("handle_type", ctypes.c_int), ("id", ctypes.c_uint64))
+    _pack_ = 4
+
+
+def mount(kind: str, target: Path, flags: int, options: str) -> None:
+    """Mount a file system that has no device (mount(2)). Raises OSError."""
+    _check(_libc.mount(kind.encode(), os.fsencode(target), kind.encode(), ctypes.c_ulong(flags), options.encode()))
+
+
+def setns(namespace: int, kind: int) -> None:
+    """Move the calling thread into the namespace of a descriptor (setns(2)). Raises OSError."""
+    _check(_libc.setns(namespace, kind))
+
+
+def open_kernfs(mounted: int, node: int) -> int:
+    """Open a node of a kernfs, such as a cgroup, by its id (open_by_handle_at(2)). Raises OSError."""
+    handle = _KernfsHandle(ctypes.sizeof(ctypes.c_uint64), _FILEID_KERNFS, node)
+    return _check(_libc.open_by_handle_at(mounted, ctypes.byref(handle), os.O_RDONLY | os.O_CLOEXEC))
+
+
+def _check(result: int) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result

@@ -1,0 +1,34 @@
+"""The mounts that this process sees."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One line of /proc/self/mountinfo."""
+
+    path: Path
+    root: str
+    device: str
+    type: str
+
+
+def mounts(kind: str, table: Path = Path("/proc/self/mountinfo")) -> list[Mount]:
+    """The mounts of a file system type, in the order in which they were made (proc_pid_mountinfo(5))."""
+    found = []
+    for line in table.read_text().splitlines():
+        # id parent major:minor root mount-point options [optional fields] - type source options
+        mount, _, source = line.partition(" - ")
+        if source.split()[0] == kind:
+            _, _, device, root, path, *_ = mount.split()
+            found.append(Mount(Path(_unescape(path)), _unescape(root), device, kind))
+    return found
+
+
+def _unescape(text: str) -> str:
+    """Space, tab, newline and backslash stand as \\ooo in mountinfo."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)

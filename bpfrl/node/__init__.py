@@ -1,0 +1,1 @@
+"""What one node can do with its pods' limiters."""

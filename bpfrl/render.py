@@ -1,0 +1,175 @@
+"""Limiters as tables, JSON and YAML.
+
+Tables are for eyes: short numbers, no boxes, and nothing cut off where they are piped. JSON and YAML are for
+programs: exact numbers, with their unit in the key.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import yaml
+from rich.table import Table
+from rich.text import Text
+
+from bpfrl.bpf.layout import Counters
+from bpfrl.bpf.limiter import Broken, Status
+from bpfrl.units import Rate, format_size
+
+_NONE: Final = "-"
+_STEPS: Final = ("", "k", "M", "G", "T", "P", "E")
+_AGES: Final = (("d", 86_400), ("h", 3_600), ("m", 60))
+
+
+class Row(NamedTuple):
+    """One limiter as it is to be shown.
+
+    Attributes:
+        status: what its pins say.
+        now: the time of the look, seconds since the epoch.
+        cgroup: where it is attached, where that was looked up.
+        before: an earlier look and its time, from which the current rates follow.
+    """
+
+    status: Status
+    now: float
+    cgroup: Path | None = None
+    before: tuple[Status, float] | None = None
+
+
+class _Column(NamedTuple):
+    title: str
+    cell: Callable[[Row], str]
+    right: bool = True
+
+
+_POD: Final = (
+    _Column("UID", lambda row: row.status.pod.uid, right=False),
+    _Column("POD", lambda row: str(row.status.pod) if row.status.pod.name else _NONE, right=False),
+)
+_EGRESS: Final = (
+    _Column("EGRESS", lambda row: _limit(row.status.limits.egress)),
+    _Column("SENT", lambda row: short(row.status.egress.passed_bytes)),
+    _Column("PACKETS", lambda row: short(row.status.egress.passed_packets)),
+    _Column("DROPPED", lambda row: short(row.status.egress.dropped_bytes)),
+    _Column("PACKETS", lambda row: short(row.status.egress.dropped_packets)),
+)
+_INGRESS: Final = (
+    _Column("INGRESS", lambda row: _limit(row.status.limits.ingress)),
+    _Column("RECEIVED", lambda row: short(row.status.ingress.passed_bytes)),
+    _Column("PACKETS", lambda row: short(row.status.ingress.passed_packets)),
+    _Column("DROPPED", lambda row: short(row.status.ingress.dropped_bytes)),
+    _Column("PACKETS", lambda row: short(row.status.ingress.dropped_packets)),
+)
+_AGE: Final = (_Column("AGE", lambda row: age(row.now - row.status.attached_at)),)
+_WIDE: Final = (
+    _Column("BURST", lambda row: format_size(row.status.limits.burst) if row.status.limits.burst else "default"),
+    _Column("CGROUP", lambda row: str(row.cgroup or "gone"), right=False),
+)
+_RATES: Final = (
+    _Column("SENDING", lambda row: _rate(row, lambda status: status.egress)),
+    _Column("RECEIVING", lambda row: _rate(row, lambda status: status.ingress)),
+)
+
+
+def table(rows: Sequence[Row], broken: Sequence[Broken], *, wide: bool = False, rates: bool = False) -> Table:
+    """A row for each limiter, then one for each broken folder with what is wrong with it."""
+    columns = (*_POD, *_EGRESS, *_INGRESS, *(_RATES if rates else ()), *_AGE, *(_WIDE if wide else ()))
+    grid = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="")
+    for column in columns:
+        grid.add_column(column.title, no_wrap=True, justify="right" if column.right else "left")
+    for row in rows:
+        grid.add_row(*(Text(column.cell(row)) for column in columns))
+    for folder in broken:
+        grid.add_row(folder.uid, Text(f"broken: {folder.reason}", style="red"))
+    return grid
+
+
+def to_json(rows: Sequence[Row], broken: Sequence[Broken]) -> str:
+    """A JSON document: an object with the limiters under "items"."""
+    return json.dumps(_document(rows, broken), indent=2)
+
+
+def to_yaml(rows: Sequence[Row], broken: Sequence[Broken]) -> str:
+    """The document of :func:`to_json` as YAML."""
+    return yaml.safe_dump(_document(rows, broken), sort_keys=False).rstrip()
+
+
+def to_names(rows: Sequence[Row], broken: Sequence[Broken]) -> str:
+    """pod/<uid>, a line each, as kubectl's ``-o name``."""
+    return "\n".join(f"pod/{uid}" for uid in [*(row.status.pod.uid for row in rows), *(each.uid for each in broken)])
+
+
+def short(number: float) -> str:
+    """At most four significant characters and a decimal prefix: 0, 999, 1.23k, 45.6M.
+
+    >>> short(1500), short(999_999)
+    ('1.50k', '1.00M')
+    """
+    for step in _STEPS:
+        if number < 999.5 or step == _STEPS[-1]:  # noqa: PLR2004 - what rounds to 1000 takes the next prefix
+            break
+        number /= 1000
+    if not step:
+        return f"{number:.0f}"
+    digits = 2 if number < 9.995 else 1 if number < 99.95 else 0  # noqa: PLR2004
+    return f"{number:.{digits}f}{step}"
+
+
+def age(seconds: float) -> str:
+    """The largest whole unit, as kubectl shows ages: 59s, 3m, 2h, 5d."""
+    for unit, length in _AGES:
+        if seconds >= length:
+            return f"{int(seconds // length)}{unit}"
+    return f"{max(0, int(seconds))}s"
+
+
+def _limit(rate: Rate | None) -> str:
+    return _NONE if rate is None else str(rate)
+
+
+def _rate(row: Row, direction: Callable[[Status], Counters]) -> str:
+    """What passed since the earlier look, in bit/s."""
+    if row.before is None or row.now <= row.before[1]:
+        return _NONE
+    status, then = row.before
+    passed = direction(row.status).passed_bytes - direction(status).passed_bytes
+    return f"{short(max(0, passed) * 8 / (row.now - then))}bit"
+
+
+def _document(rows: Sequence[Row], broken: Sequence[Broken]) -> dict[str, Any]:
+    return {
+        "items": [
+            *(_item(row) for row in rows),
+            *({"uid": folder.uid, "error": folder.reason} for folder in broken),
+        ]
+    }
+
+
+def _item(row: Row) -> dict[str, Any]:
+    status = row.status
+    return {
+        "uid": status.pod.uid,
+        "namespace": status.pod.namespace,
+        "name": status.pod.name,
+        "egress": _direction(status.limits.egress, status.egress),
+        "ingress": _direction(status.limits.ingress, status.ingress),
+        "burst_bytes": status.limits.burst,
+        "cgroup_id": status.cgroup_id,
+        "cgroup": str(row.cgroup) if row.cgroup else None,
+        "attached_at": round(status.attached_at, 3),
+        "age_seconds": max(0, round(row.now - status.attached_at)),
+    }
+
+
+def _direction(rate: Rate | None, counters: Counters) -> dict[str, int | None]:
+    return {
+        "limit_bits_per_second": rate.bits if rate else None,
+        "passed_bytes": counters.passed_bytes,
+        "passed_packets": counters.passed_packets,
+        "dropped_bytes": counters.dropped_bytes,
+        "dropped_packets": counters.dropped_packets,
+    }
