@@ -168,7 +168,7 @@ def _remove_cgroups(root: Path) -> None:
     for folder, _, _ in os.walk(root, topdown=False):
         while True:
             try:
-                os.rmdir(folder)
+                Path(folder).rmdir()
                 break
             except OSError:
                 if time.monotonic() > deadline:

@@ -131,7 +131,7 @@ def path_of(cgroup_id: int) -> Path | None:
     finally:
         os.close(root)
     try:
-        return Path(os.readlink(f"/proc/self/fd/{node}"))
+        return Path(f"/proc/self/fd/{node}").readlink()
     finally:
         os.close(node)
 

@@ -26,7 +26,7 @@ from bpfrl.bpf.limiter import Broken, Status
 from bpfrl.cgroup import CgroupTree
 from bpfrl.errors import BpfrlError, InvalidValueError
 from bpfrl.limits import Limits, PodRef
-from bpfrl.node.agent import DEFAULT_BPFFS, Agent, Change
+from bpfrl.node.agent import DEFAULT_BPFFS, Agent
 from bpfrl.units import Rate, parse_size
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -191,7 +191,9 @@ def _limits(rate: Rate | None, egress: Rate | None, ingress: Rate | None, burst:
     return limits
 
 
-_pod_uid_option = click.option("--pod-uid", type=_UID, help="The pod's UID: kubectl get pod -o jsonpath={.metadata.uid}")
+_pod_uid_option = click.option(
+    "--pod-uid", type=_UID, help="The pod's UID: kubectl get pod -o jsonpath={.metadata.uid}"
+)
 _pod_name_option = click.option("--pod-name", type=_POD_NAME, help="The pod's name, for bpfrl list to show.")
 
 
@@ -302,7 +304,7 @@ def detach(node: _Node, uids: tuple[str, ...], path: Path | None, everything: bo
     if path:
         targets = [cgroup.own_pod(cgroup.check(path)).uid]
     elif everything:
-        targets = [found.uid if isinstance(found, Broken) else found.pod.uid for found in agent.list()]
+        targets = [found.uid if isinstance(found, Broken) else found.pod.uid for found in agent.limiters()]
     failed = False
     for uid in targets:
         try:
@@ -352,7 +354,7 @@ def list_(node: _Node, output: str, watch: bool) -> None:
 
 
 def _look(agent: Agent, *, paths: bool) -> tuple[list[render.Row], list[Broken]]:
-    found, now = agent.list(), time.time()
+    found, now = agent.limiters(), time.time()
     rows = [
         render.Row(status, now, cgroup.path_of(status.cgroup_id) if paths and status.cgroup_id else None)
         for status in found

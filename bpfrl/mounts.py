@@ -30,5 +30,5 @@ def mounts(kind: str, table: Path = Path("/proc/self/mountinfo")) -> list[Mount]
 
 
 def _unescape(text: str) -> str:
-    """Space, tab, newline and backslash stand as \\ooo in mountinfo."""
+    r"""Space, tab, newline and backslash stand as \ooo in mountinfo."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)

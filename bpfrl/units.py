@@ -82,7 +82,7 @@ class Rate:
         return cls(bits)
 
     def __str__(self) -> str:
-        """tc's form with the largest unit that is exact: what :meth:`parse` reads back as the same rate."""
+        """Tc's form with the largest unit that is exact: what :meth:`parse` reads back as the same rate."""
         for prefix in ("T", "G", "M", "k"):
             if self.bits % _DECIMAL[prefix] == 0:
                 return f"{self.bits // _DECIMAL[prefix]}{prefix.lower()}bit"

@@ -24,6 +24,7 @@ from typing import Final, NamedTuple
 
 from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
+from elftools.elf.sections import SymbolTableSection
 
 from bpfrl.bpf import law
 from bpfrl.bpf.layout import LAYOUT, IdentityData, LimitsData
@@ -169,7 +170,7 @@ def _keep(cached: Path, image: bytes) -> None:
         with tempfile.TemporaryDirectory(dir=cached.parent) as scratch:
             complete = Path(scratch, cached.name)
             complete.write_bytes(image)
-            os.replace(complete, cached)
+            complete.replace(cached)
     except OSError as error:
         log.warning("no compile cache in %s: %s", cached.parent, error.strerror)
 
@@ -186,7 +187,7 @@ def _run(command: list[str]) -> None:
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
         reason = "; ".join(line.strip() for line in lines[:_LAST_LINES])
-        raise CompilerError(f"{os.path.basename(command[0])} failed (is libbpf-dev installed?): {reason}")
+        raise CompilerError(f"{Path(command[0]).name} failed (is libbpf-dev installed?): {reason}")
 
 
 def _identity(pod: PodRef | None, build: bytes) -> IdentityData:
@@ -203,8 +204,8 @@ def _place(image: bytes, symbol: str, expected: type[Structure]) -> int:
     try:
         elf = ELFFile(BytesIO(image))
         table = elf.get_section_by_name(".symtab")
-        entries = table.get_symbol_by_name(symbol) if elf["e_machine"] == "EM_BPF" and table else None
-        if entries:
+        entries = table.get_symbol_by_name(symbol) if isinstance(table, SymbolTableSection) else None
+        if entries and elf["e_machine"] == "EM_BPF":
             section = elf.get_section(entries[0]["st_shndx"])
             place = int(section["sh_offset"] + entries[0]["st_value"])
             fits = section["sh_type"] == "SHT_PROGBITS" and place + sizeof(expected) <= len(image)

@@ -60,9 +60,7 @@ def egress(rate: Rate | None, burst: int | None) -> LimitData:
     data.fair_d0 = D0_NS << RATIO_SHIFT
     data.fair_q2 = Q2_BYTES * NSEC_PER_SEC // D0_NS
     # Where the larger of the two branches falls below the cap: C (D0/D)^2 = cap, or Q2/D = cap.
-    data.fair_onset_ns = max(
-        int(D0_NS * (100 / FAIR_CAP_PERCENT) ** 0.5), Q2_BYTES * NSEC_PER_SEC // data.fair_cap
-    )
+    data.fair_onset_ns = max(int(D0_NS * (100 / FAIR_CAP_PERCENT) ** 0.5), Q2_BYTES * NSEC_PER_SEC // data.fair_cap)
     return data
 
 
@@ -95,7 +93,7 @@ def _clock(rate: Rate, burst: int | None, drop_ns: int) -> LimitData:
 
 
 def _cost(rate: Rate) -> tuple[int, int]:
-    """ns per byte as shift and multiplier, as exact as 64 bits allow for the longest packet."""
+    """Ns per byte as shift and multiplier, as exact as 64 bits allow for the longest packet."""
     for shift in range(_COST_SHIFT_CEILING, 0, -1):
         multiplier = ((8 * NSEC_PER_SEC << shift) + rate.bits // 2) // rate.bits
         if multiplier < 1 << _COST_BITS:

@@ -42,9 +42,9 @@ _STATE_MAPS: Final = (
 )
 _IDENTITY: Final = ("identity", ".rodata.identity")
 _LINK: Final = "_link"
-_PINS: Final = frozenset(
-    name for program, _, _ in _PROGRAMS for name in (program, program + _LINK)
-) | frozenset(name for name, _ in (*_STATE_MAPS, _IDENTITY))
+_PINS: Final = frozenset(name for program, _, _ in _PROGRAMS for name in (program, program + _LINK)) | frozenset(
+    name for name, _ in (*_STATE_MAPS, _IDENTITY)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +127,17 @@ class Limiter:
         """Everything that the pins say."""
         with self._open("counters") as counters:
             egress, ingress = (
-                Counters.total(libbpf.read_per_cpu(counters, direction, CountersData)) for direction in (EGRESS, INGRESS)
+                Counters.total(libbpf.read_per_cpu(counters, direction, CountersData))
+                for direction in (EGRESS, INGRESS)
             )
         attached_at = (self.folder / ("egress" + _LINK)).stat().st_mtime
         return Status(self.pod, self.limits, egress, ingress, self.cgroup_id(), attached_at)
 
     def upgrade(self, image: bytes) -> None:
-        """Put an object's programs in the place of the present ones, on the same maps: nothing is lost, and
-        the limit holds throughout."""
+        """Put an object's programs in the place of the present ones, on the same maps.
+
+        Nothing is lost, and the limit holds throughout.
+        """
         with ExitStack() as stack:
             kept = {symbol: stack.enter_context(self._open(name)) for name, symbol in _STATE_MAPS}
             new = stack.enter_context(LoadedObject(image, reuse=kept))

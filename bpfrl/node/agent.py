@@ -22,7 +22,7 @@ from bpfrl.bpf import generator, limiter
 from bpfrl.bpf.limiter import Broken, Limiter, Status
 from bpfrl.cgroup import CgroupTree
 from bpfrl.errors import BpfrlError, BrokenLimiterError, InvalidValueError, KernelError, PermissionDeniedError
-from bpfrl.limits import Limits, PodRef
+from bpfrl.limits import PodRef
 from bpfrl.mounts import mounts
 
 log = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class Agent:
                 current.remove()
             return Change.DETACHED
 
-    def list(self) -> list[Status | Broken]:
+    def limiters(self) -> list[Status | Broken]:
         """Every limiter of this node, and every folder that should be one, by UID."""
         if not self._is_mounted():
             return []
@@ -115,7 +115,7 @@ class Agent:
 
     def sweep(self) -> list[str]:
         """Remove the limiters whose cgroup is gone, and return their UIDs."""
-        gone = [status.pod.uid for status in self.list() if isinstance(status, Status) and not status.cgroup_id]
+        gone = [status.pod.uid for status in self.limiters() if isinstance(status, Status) and not status.cgroup_id]
         return [uid for uid in gone if self.detach(uid) is Change.DETACHED]
 
     def _uids(self) -> list[str]:
