@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 import uuid
@@ -61,7 +62,12 @@ class Lab:
         """Run the installed command on this lab's bpffs and cgroups."""
         environment = os.environ | {"BPFRL_BPFFS": str(self.bpffs), "BPFRL_CGROUP_ROOT": str(self.cgroup_root)}
         return subprocess.run(
-            ["bpfrl", *arguments], env=environment, capture_output=True, text=True, timeout=timeout, check=check
+            [str(Path(sys.executable).with_name("bpfrl")), *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=check,
         )
 
     def start(self, command: Sequence[str]) -> subprocess.Popen[str]:
