@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from bpfrl import cgroup
 
@@ -33,6 +32,8 @@ PEER_ADDRESS_6: Final = "fd77::1"
 _JOIN: Final = 'echo 0 >"$1/cgroup.procs" && shift && exec "$@"'
 _START_SECONDS: Final = 5.0
 _STOP_SECONDS: Final = 5.0
+# The longest transfer, and what a queue of some seconds makes of its end.
+_TRANSFER_SECONDS: Final = 90.0
 
 Json = dict[str, Any]
 
@@ -75,47 +76,91 @@ class Lab:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        self._processes.append(process)
+        self.adopt(process)
         return process
+
+    def adopt(self, process: subprocess.Popen[str]) -> None:
+        """Have a process end with the lab that was started elsewhere."""
+        self._processes.append(process)
+
+    def end(self, process: subprocess.Popen[str]) -> None:
+        """End one process that :meth:`start` started."""
+        process.terminate()
+        try:
+            process.communicate(timeout=_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+        self._processes.remove(process)
 
     def stop(self) -> None:
         """End what :meth:`start` started."""
-        for process in self._processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-        for process in self._processes:
-            try:
-                process.communicate(timeout=_STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
-        self._processes.clear()
+        for process in self._processes.copy():
+            self.end(process)
 
-    def iperf3(self, *options: str, port: int = 5201, to_pod: bool = False, address: str | None = None) -> Json:
-        """Run iperf3 from the pod to its peer (or the other way round) and return its report."""
+    def transfer(self, *options: str, port: int = 5201, to_pod: bool = False, address: str | None = None) -> Transfer:
+        """Prepare an iperf3 transfer from the pod to its peer, or the other way round: its server listens."""
         server_side, client_side = (self.in_pod, self.in_peer) if to_pod else (self.in_peer, self.in_pod)
-        server = self.start(server_side("iperf3", "-s", "-1", "-p", str(port)))
+        server = self.start(server_side("iperf3", "-s", "-J", "-1", "-p", str(port)))
         wait_for_listener(self.pod_namespace if to_pod else self.peer_namespace, port)
         target = address or (POD_ADDRESS if to_pod else PEER_ADDRESS)
-        client = self.start(client_side("iperf3", "-J", "-c", target, "-p", str(port), *options))
-        try:
-            output, _ = client.communicate(timeout=90)
-        finally:
-            for process in (client, server):
-                if process.poll() is None:
-                    process.terminate()
-                process.wait(_STOP_SECONDS)
-                self._processes.remove(process)
-        report: Json = json.loads(output)
-        if "error" in report:
-            raise RuntimeError(f"iperf3: {report['error']}")
-        return report
+        return Transfer(self, server, client_side("iperf3", "-J", "-c", target, "-p", str(port), *options))
+
+    def iperf3(self, *options: str, port: int = 5201, to_pod: bool = False, address: str | None = None) -> Json:
+        """Run iperf3 from the pod to its peer (or the other way round) and return the client's report."""
+        transfer = self.transfer(*options, port=port, to_pod=to_pod, address=address)
+        transfer.begin()
+        return transfer.finish().client
 
     def ping(self, count: int, interval: float = 0.05, address: str = PEER_ADDRESS) -> list[float]:
         """Round-trip times, ms, of pings from the pod; a lost one is missing."""
         command = self.in_pod("ping", "-n", "-c", str(count), "-i", str(interval), "-W", "1", address)
         output = subprocess.run(command, capture_output=True, text=True, check=False).stdout
         return [float(line.split("time=")[1].split()[0]) for line in output.splitlines() if "time=" in line]
+
+
+class Reports(NamedTuple):
+    """What the two ends of a transfer say of it."""
+
+    client: Json
+    server: Json
+
+
+class Transfer:
+    """An iperf3 transfer: its server listens when this is made. See :meth:`Lab.transfer`."""
+
+    def __init__(self, bed: Lab, server: subprocess.Popen[str], command: Sequence[str]) -> None:
+        self._bed = bed
+        self._server = server
+        self._command = command
+        self._client: subprocess.Popen[str] | None = None
+
+    def begin(self) -> None:
+        """Start the client, and with it the traffic."""
+        self._client = self._bed.start(self._command)
+
+    def finish(self) -> Reports:
+        """Wait for the end of a transfer that was begun.
+
+        Raises:
+            RuntimeError: iperf3 could not carry it out, or it was never begun.
+        """
+        if self._client is None:
+            raise RuntimeError("the transfer was never begun")
+        try:
+            client = _report(self._client)
+            return Reports(client, _report(self._server))
+        finally:
+            self._bed.end(self._client)
+            self._bed.end(self._server)
+
+
+def _report(iperf3: subprocess.Popen[str]) -> Json:
+    output, _ = iperf3.communicate(timeout=_TRANSFER_SECONDS)
+    report: Json = json.loads(output)
+    if "error" in report:
+        raise RuntimeError(f"iperf3: {report['error']}")
+    return report
 
 
 @contextlib.contextmanager

@@ -166,7 +166,13 @@ def open_pinned(path: Path) -> Descriptor:
 def attach(program: Descriptor, target: int, kind: AttachType) -> Descriptor:
     """Link a program to a cgroup's descriptor; others that are attached there stay."""
     number = _lib().bpf_link_create(program.number, target, kind, None)
-    return Descriptor(_check(number, f"attach to the cgroup ({kind.name.lower()})"))
+    if number < 0 and ctypes.get_errno() == errno.EPERM:
+        # Not for want of privileges: the program would not have been loaded.
+        raise KernelError(
+            f"cannot attach ({kind.name.lower()}): another program has this cgroup, or one above it, to itself;"
+            " find it with bpftool cgroup tree, and have it attached with 'multi'"
+        )
+    return Descriptor(_check(number, f"attach ({kind.name.lower()})"))
 
 
 def replace(link: Descriptor, program: Descriptor) -> None:

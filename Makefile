@@ -1,0 +1,30 @@
+# Everything runs as root: BPF programs are loaded, namespaces and cgroups are made.
+.PHONY: demo test lint bench install requirements
+
+demo: install
+	.venv/bin/python -m bench.demo
+
+test: install
+	.venv/bin/pytest
+
+lint: install
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+bench: install
+	.venv/bin/python -m bench.run
+
+install:
+	@tools/install
+
+# After a change of pyproject.toml's dependencies.
+requirements: install
+	.venv/bin/python -m venv .venv/pip-tools
+	.venv/pip-tools/bin/pip install -q pip-tools
+	.venv/pip-tools/bin/pip-compile -q --upgrade --generate-hashes --no-emit-index-url --no-emit-trusted-host \
+		--no-emit-find-links --no-header --allow-unsafe --strip-extras -o requirements.txt pyproject.toml
+	.venv/pip-tools/bin/pip-compile -q --upgrade --generate-hashes --no-emit-index-url --no-emit-trusted-host \
+		--no-emit-find-links --no-header --allow-unsafe --strip-extras --extra dev -c requirements.txt \
+		-o requirements-dev.txt pyproject.toml

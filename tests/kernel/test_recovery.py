@@ -1,0 +1,200 @@
+"""kill -9 at every step of attach, update, upgrade and detach, and what is found afterwards.
+
+Each case runs the command again and again in a process of its own that kills itself just before its n-th change to the
+kernel, for every n until the command gets to its end. After each kill nothing may limit the pod that the list
+does not show, and the same command, repeated, must finish the job.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.lab import Lab
+from bpfrl.bpf import generator, libbpf
+from bpfrl.bpf.layout import IdentityData
+from bpfrl.cli import cli
+from tests.kernel.conftest import attached, items, only
+
+# Everything by which bpfrl changes the kernel's state.
+STEPS: list[tuple[Any, str]] = [
+    (libbpf.LoadedObject, "__init__"),
+    (libbpf.Descriptor, "pin"),
+    (libbpf, "attach"),
+    (libbpf, "replace"),
+    (libbpf, "detach"),
+    (libbpf, "write"),
+    (libbpf, "iterate"),
+    (os, "mkdir"),
+    (os, "rename"),
+    (os, "unlink"),
+    (os, "rmdir"),
+]
+
+
+def arm(fatal: int) -> None:
+    """Make this process kill itself just before its n-th step."""
+    taken = 0
+
+    def before(step: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal taken
+            taken += 1
+            if taken == fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(*args, **kwargs)
+
+        return run
+
+    for owner, name in STEPS:
+        setattr(owner, name, before(getattr(owner, name)))
+
+
+def killed(bed: Lab, fatal: int, *command: str) -> bool:
+    """Run a command that is killed before its n-th step; False if it got to its end first."""
+    child = os.fork()
+    if not child:
+        code = 70
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.environ.update(BPFRL_BPFFS=str(bed.bpffs), BPFRL_CGROUP_ROOT=str(bed.cgroup_root))
+            arm(fatal)
+            cli.main(command)
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+def entries(bed: Lab) -> list[str]:
+    return sorted(name for name in os.listdir(bed.bpffs) if not name.endswith(".debug"))
+
+
+@pytest.fixture(autouse=True)
+def _warm_cache() -> None:
+    """What is under test is the kernel's state: compiling is not part of it."""
+    sys.stdout.flush()
+    for source in ("limiter.bpf.c", "sockets.bpf.c"):
+        generator.compile_object(source)
+
+
+def test_attach(bed: Lab) -> None:
+    command = ("attach", "--pod-uid", bed.pod_uid, "--rate", "1mbit")
+    steps = 1
+    while killed(bed, steps, *command):
+        if attached(bed):
+            assert [item["uid"] for item in items(bed)] == [bed.pod_uid], f"hidden limiter after step {steps}"
+        # Either way out is open: every other time it is detach that has to clean up.
+        if steps % 2:
+            bed.bpfrl(*command)
+            assert "error" not in only(bed)
+            assert len(attached(bed)) == 3
+        bed.bpfrl("detach", "--pod-uid", bed.pod_uid)
+        assert (attached(bed), entries(bed)) == ([], []), f"left behind after step {steps}"
+        steps += 1
+    assert steps > 15
+    assert len(attached(bed)) == 3
+
+
+def test_detach(bed: Lab) -> None:
+    command = ("detach", "--pod-uid", bed.pod_uid)
+    steps = 0
+    while True:
+        steps += 1
+        bed.bpfrl("attach", "--pod-uid", bed.pod_uid, "--rate", "1mbit")
+        if not killed(bed, steps, *command):
+            break
+        if attached(bed):
+            assert [item["uid"] for item in items(bed)] == [bed.pod_uid], f"hidden limiter after step {steps}"
+        if steps % 2:
+            bed.bpfrl(*command)
+            assert (attached(bed), entries(bed)) == ([], []), f"left behind after step {steps}"
+    assert steps > 15
+    assert (attached(bed), entries(bed)) == ([], [])
+
+
+def test_update_and_upgrade_never_leave_the_pod_without_its_limiter(bed: Lab, tmp_path: Path) -> None:
+    objects = [tmp_path / "one.o", tmp_path / "two.o"]
+    for mark, file in enumerate(objects):
+        bed.bpfrl("generate", "--rate", f"{mark + 1}mbit", "-o", str(file))
+        image = bytearray(file.read_bytes())
+        image[generator._place(bytes(image), "identity", IdentityData) + IdentityData.build.offset] = mark
+        file.write_bytes(image)
+    bed.bpfrl("attach", "--pod-uid", bed.pod_uid, "--object", str(objects[0]))
+    bed.ping(2)
+    counted = only(bed)["egress"]["passed_packets"]
+    steps = 1
+    while killed(bed, steps, "attach", "--pod-uid", bed.pod_uid, "--object", str(objects[steps % 2])):
+        assert len(attached(bed)) == 3, f"no limiter after step {steps}"
+        bed.bpfrl("attach", "--pod-uid", bed.pod_uid, "--object", str(objects[steps % 2]))
+        assert len(attached(bed)) == 3
+        item = only(bed)
+        assert item["egress"]["limit_bits_per_second"] == (steps % 2 + 1) * 1_000_000
+        # Between a program's pin and its successor's, the folder is not whole: it is replaced, and counts anew.
+        assert item["egress"]["passed_packets"] in (0, counted)
+        counted = item["egress"]["passed_packets"]
+        steps += 1
+    assert steps > 8
+
+
+def test_replacing_a_broken_limiter_leaves_no_moment_without_one(bed: Lab) -> None:
+    command = ("attach", "--pod-uid", bed.pod_uid, "--rate", "1mbit")
+    steps = 0
+    while True:
+        steps += 1
+        bed.bpfrl(*command)
+        (bed.bpffs / bed.pod_uid / "identity").unlink()
+        if not killed(bed, steps, *command):
+            break
+        assert len(attached(bed)) >= 3, f"no limiter after step {steps}"
+        bed.bpfrl(*command)
+        assert len(attached(bed)) == 3
+        assert "error" not in only(bed)
+    assert steps > 15
+    assert len(attached(bed)) == 3
+    assert entries(bed) == [bed.pod_uid]
+
+
+def test_a_kernel_that_refuses_any_step_leaves_everything_as_it_was(bed: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No crash this time, but an error from each step of attach in turn."""
+    from bpfrl.cgroup import CgroupTree  # noqa: PLC0415
+    from bpfrl.errors import KernelError  # noqa: PLC0415
+    from bpfrl.limits import Limits, PodRef  # noqa: PLC0415
+    from bpfrl.node.agent import Agent  # noqa: PLC0415
+    from bpfrl.units import Rate  # noqa: PLC0415
+
+    agent = Agent(bed.bpffs, CgroupTree(bed.cgroup_root))
+    image = generator.generate(None, Limits(Rate(10**6)))
+    tried = 0
+    for owner, name in ((libbpf.LoadedObject, "__init__"), (libbpf.Descriptor, "pin"), (libbpf, "attach")):
+        real = getattr(owner, name)
+        for fatal in range(1, 20):
+            calls = 0
+
+            def refuse(*args: Any, fatal: int = fatal, real: Callable[..., Any] = real) -> Any:
+                nonlocal calls
+                calls += 1
+                if calls == fatal:
+                    raise KernelError("refused")
+                return real(*args)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, refuse)
+                try:
+                    agent.attach(image, PodRef(bed.pod_uid), bed.pod_cgroup)
+                except KernelError:
+                    tried += 1
+                    assert (attached(bed), entries(bed)) == ([], [])
+                else:
+                    break
+        agent.detach(bed.pod_uid)
+    assert tried == 1 + 11 + 3
