@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 _FLAGS: Final = ("-target", "bpf", "-mcpu=v3", "-O2", "-g", "-Wall", "-Wextra", "-Werror")
 _SOURCE_SUFFIXES: Final = (".c", ".h")
 _LAST_LINES: Final = 3
+_DIGEST_BYTES: Final = hashlib.sha256().digest_size
 
 
 class Contents(NamedTuple):
@@ -132,14 +133,16 @@ def compile_object(source: str) -> bytes:
     clang, strip = (_tool(name) for name in ("clang", "llvm-strip"))
     with resources.as_file(resources.files(__package__)) as folder:
         cached = _cache_folder() / f"{_digest(folder, source, (clang, strip))}.o"
-        try:
-            return cached.read_bytes()
-        except OSError:
-            log.info("compiling %s", source)
+        kept = _kept(cached)
+        if kept is not None:
+            return kept
+        log.info("compiling %s", source)
         with tempfile.TemporaryDirectory(prefix="bpfrl-") as scratch:
             output = Path(scratch, "output.o")
             headers = Path("/usr/include", f"{platform.machine()}-linux-gnu")
-            _run([clang, *_FLAGS, f"-I{headers}", "-c", str(folder / source), "-o", str(output)])
+            # Where the sources lie must not show in the object: the same sources are the same build everywhere.
+            here = f"-ffile-prefix-map={folder}=/{__package__}"
+            _run([clang, *_FLAGS, here, f"-I{headers}", "-c", str(folder / source), "-o", str(output)])
             _run([strip, "-g", str(output)])
             image = output.read_bytes()
     _keep(cached, image)
@@ -159,8 +162,21 @@ def _digest(folder: Path, source: str, tools: tuple[str, ...]) -> str:
 
 
 def _cache_folder() -> Path:
-    # The XDG Base Directory Specification's place for what can be made again.
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "bpfrl")
+    # The XDG Base Directory Specification's place for what can be made again; not everyone has a home.
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "bpfrl")
+    except RuntimeError:
+        return Path("/var/cache/bpfrl")
+
+
+def _kept(cached: Path) -> bytes | None:
+    """What the cache holds, unless it was damaged: behind the object stands its digest."""
+    try:
+        content = cached.read_bytes()
+    except OSError:
+        return None
+    image, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
+    return image if hashlib.sha256(image).digest() == digest else None
 
 
 def _keep(cached: Path, image: bytes) -> None:
@@ -169,7 +185,7 @@ def _keep(cached: Path, image: bytes) -> None:
         cached.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cached.parent) as scratch:
             complete = Path(scratch, cached.name)
-            complete.write_bytes(image)
+            complete.write_bytes(image + hashlib.sha256(image).digest())
             complete.replace(cached)
     except OSError as error:
         log.warning("no compile cache in %s: %s", cached.parent, error.strerror)
@@ -211,6 +227,6 @@ def _place(image: bytes, symbol: str, expected: type[Structure]) -> int:
             fits = section["sh_type"] == "SHT_PROGBITS" and place + sizeof(expected) <= len(image)
             if fits and entries[0]["st_size"] == sizeof(expected):
                 return place
-    except (ELFError, AttributeError, KeyError, TypeError, ValueError, IndexError, UnicodeDecodeError) as error:
+    except (ELFError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         log.debug("not an object", exc_info=error)
     raise InvalidObjectError("this is not a bpfrl limiter, or one of another version: make it with bpfrl generate")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from bpfrl.bpf.layout import EGRESS, INGRESS, RATIO_SHIFT, LimitData, LimitsData
+from bpfrl.bpf.layout import EGRESS, INGRESS, RATIO_SHIFT, SHIFT_BITS, LimitData, LimitsData
 from bpfrl.limits import Limits
 from bpfrl.units import Rate
 
@@ -82,22 +82,20 @@ def default_burst(rate: Rate) -> int:
 
 
 def _clock(rate: Rate, burst: int | None, drop_ns: int) -> LimitData:
-    shift, multiplier = _cost(rate)
     return LimitData(
         rate_bits=rate.bits,
-        cost_mult=multiplier,
-        cost_shift=shift,
+        cost=_cost(rate),
         burst_ns=time_of(default_burst(rate) if burst is None else burst, rate),
         drop_ns=max(drop_ns, time_of(DROP_LEAST_BYTES, rate)),
     )
 
 
-def _cost(rate: Rate) -> tuple[int, int]:
-    """Ns per byte as shift and multiplier, as exact as 64 bits allow for the longest packet."""
+def _cost(rate: Rate) -> int:
+    """Ns per byte, as exact as 64 bits allow for the longest packet; the low bits tell how many bits are fraction."""
     for shift in range(_COST_SHIFT_CEILING, 0, -1):
         multiplier = ((8 * NSEC_PER_SEC << shift) + rate.bits // 2) // rate.bits
         if multiplier < 1 << _COST_BITS:
-            return shift, multiplier
+            return multiplier << SHIFT_BITS | shift
     raise AssertionError("a Rate is at least 1 kbit/s, whose multiplier fits with a shift of 20")
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final, Self
 
 LAYOUT: Final = 1
+SHIFT_BITS: Final = 6
 RATIO_SHIFT: Final = 24
 EGRESS: Final = 0
 INGRESS: Final = 1
@@ -21,8 +22,7 @@ class LimitData(Structure):
     _fields_ = (
         ("rate_bits", c_uint64),
         ("rate", c_uint64),
-        ("cost_mult", c_uint64),
-        ("cost_shift", c_uint64),
+        ("cost", c_uint64),
         ("burst_ns", c_int64),
         ("share_ns", c_int64),
         ("drop_ns", c_int64),

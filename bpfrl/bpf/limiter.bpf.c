@@ -50,6 +50,11 @@
 #define SHARE_TOLERANCE_NS 5000000ULL
 #define SHARE_TOLERANCE_BYTES 6000ULL
 
+/* Fraction bits of a ratio of rates, of which the largest has 50 bits; and the
+ * ratio from which a backlog of up to 2^39 ns would leave 64 bits. */
+#define RESCALE_SHIFT 14
+#define RESCALE_CEILING (1ULL << 24)
+
 /* Payload in 1500 byte of layer 3, TCP/IPv4 with timestamps: 1448/1500, in
  * 256ths. A pacing rate counts payload, a limit counts packets. */
 #define PAYLOAD_256THS 247
@@ -72,6 +77,7 @@ const volatile struct bpfrl_identity identity SEC(".rodata.identity") = {
 /* What the programs write, a cache line each. */
 struct clock {
 	__u64 tat;
+	__u64 rate_bits;	/* of the limit under which tat has come about */
 } __cacheline_aligned;
 
 struct clock clocks[BPFRL_DIRECTIONS];
@@ -135,24 +141,57 @@ static __always_inline struct packet measure(struct __sk_buff *skb)
 	return packet;
 }
 
-/* The backlog at `now`, after an idle clock was pulled up to the burst's credit. */
+/*
+ * The limit was changed since the last packet. The backlog keeps its bytes, and
+ * so the time that they take becomes another; or else a pod that comes from
+ * 1 kbit/s would wait for minutes before its new rate means anything. The one
+ * CPU that wins the exchange moves the clock.
+ */
+static __always_inline __s64 rescale(struct clock *clock, const struct bpfrl_limit *limit,
+				     __s64 backlog)
+{
+	__u64 old = READ_ONCE(clock->rate_bits), scaled = limit->drop_ns, ratio;
+
+	if (__sync_val_compare_and_swap(&clock->rate_bits, old, limit->rate_bits) != old ||
+	    !old || backlog <= 0)
+		return backlog;
+	ratio = (old << RESCALE_SHIFT) / limit->rate_bits;
+	if (ratio < RESCALE_CEILING)
+		scaled = min(scaled, ((__u64)backlog * ratio) >> RESCALE_SHIFT);
+	__sync_fetch_and_add(&clock->tat, scaled - backlog);
+	return scaled;
+}
+
+/* The backlog at `now`. */
 static __always_inline __s64 backlog_at(struct clock *clock, const struct bpfrl_limit *limit,
 					__u64 now)
 {
-	__u64 tat = READ_ONCE(clock->tat);
-	__u64 floor = now - limit->burst_ns;
+	__s64 backlog = READ_ONCE(clock->tat) - now;
 
-	if ((__s64)(tat - floor) < 0) {
-		__sync_val_compare_and_swap(&clock->tat, tat, floor);
-		tat = floor;
-	}
-	return tat - now;
+	if (unlikely(READ_ONCE(clock->rate_bits) != limit->rate_bits))
+		return rescale(clock, limit, backlog);
+	return backlog;
+}
+
+/* Pull an idle clock up to the burst's credit; the backlog afterwards. */
+static __always_inline __s64 cap_credit(struct clock *clock, const struct bpfrl_limit *limit,
+					__u64 now, __s64 backlog)
+{
+	__s64 credit = -limit->burst_ns;
+
+	if (backlog >= credit)
+		return backlog;
+	__sync_val_compare_and_swap(&clock->tat, now + backlog, now + credit);
+	return credit;
 }
 
 static __always_inline void charge(struct clock *clock, const struct bpfrl_limit *limit,
 				   __u64 bytes)
 {
-	__sync_fetch_and_add(&clock->tat, (bytes * limit->cost_mult) >> limit->cost_shift);
+	__u64 cost = READ_ONCE(limit->cost);
+	__u64 shift = cost & ((1 << BPFRL_SHIFT_BITS) - 1);
+
+	__sync_fetch_and_add(&clock->tat, (bytes * (cost >> BPFRL_SHIFT_BITS)) >> shift);
 }
 
 /* The rate, byte/s, at which one flow may send while the backlog is D. */
@@ -223,6 +262,7 @@ static __always_inline bool admit(struct __sk_buff *skb, enum bpfrl_direction di
 		__u64 now = bpf_ktime_get_ns();
 		__s64 backlog = backlog_at(clock, limit, now);
 
+		backlog = cap_credit(clock, limit, now, backlog);
 		if (over_limit(limit, backlog, packet.bytes) ||
 		    (direction == BPFRL_EGRESS && packet.protocol != IPPROTO_TCP &&
 		     over_share(skb, limit, backlog, now, packet.bytes))) {
@@ -353,7 +393,7 @@ int bpfrl_sockops(struct bpf_sock_ops *ops)
 		return 1;
 	}
 
-	fair = fair_rate(limit, READ_ONCE(clocks[BPFRL_EGRESS].tat) - bpf_ktime_get_ns());
+	fair = fair_rate(limit, backlog_at(&clocks[BPFRL_EGRESS], limit, bpf_ktime_get_ns()));
 	mean = READ_ONCE(mean_fair);
 	if (ops->op == BPF_SOCK_OPS_HDR_OPT_LEN_CB) {
 		set_pacing(ops, socket, fair);

@@ -21,6 +21,9 @@
 #define BPFRL_NAME_LEN 256	/* DNS subdomain: 253 and the terminating zero */
 #define BPFRL_BUILD_LEN 32	/* SHA-256 */
 
+/* Low bits of bpfrl_limit.cost that hold its number of fraction bits. */
+#define BPFRL_SHIFT_BITS 6
+
 /* Fraction bits of D0 / D in the fair rate. */
 #define BPFRL_RATIO_SHIFT 24
 
@@ -34,8 +37,8 @@ enum bpfrl_direction {
 struct bpfrl_limit {
 	__u64 rate_bits;	/* bit/s at layer 3; 0: no limit, count only */
 	__u64 rate;		/* byte/s, for the fair rate */
-	__u64 cost_mult;	/* ns per byte, with cost_shift fraction bits */
-	__u64 cost_shift;
+	__u64 cost;		/* ns per byte: fraction bits in the low BPFRL_SHIFT_BITS,
+				 * the value above them, so that no change is read by half */
 	__s64 burst_ns;		/* credit that an idle clock keeps */
 	__s64 share_ns;		/* backlog from which unpaced sockets are held to their share */
 	__s64 drop_ns;		/* backlog from which packets are dropped */

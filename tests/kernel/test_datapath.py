@@ -206,6 +206,23 @@ def test_the_slowest_rate_still_answers_pings(bed: Lab) -> None:
     assert only(bed)["egress"]["passed_bytes"] < 2 * law.BURST_BYTES + law.SHARE_BYTES
 
 
+def test_a_faster_limit_does_not_wait_for_the_slow_ones_backlog(bed: Lab) -> None:
+    """16 KB of backlog are two minutes at 1 kbit/s, and must not be that at 20 Mbit/s."""
+    limit(bed, "--egress", "1kbit")
+    bed.ping(50, interval=0.01)
+    flood(bed, 1000, 1)
+    limit(bed, "--egress", "20mbit")
+    before = only(bed)["egress"]["passed_bytes"]
+    flood(bed, 1000, 1)
+    assert (only(bed)["egress"]["passed_bytes"] - before) * 8 > 0.9 * 20e6
+
+    # And down again: what has just passed at 20 Mbit/s is not held against the slower limit for minutes.
+    limit(bed, "--egress", "1mbit")
+    before = only(bed)["egress"]["passed_bytes"]
+    flood(bed, 1000, 2)
+    assert 0.9 * 2 < (only(bed)["egress"]["passed_bytes"] - before) * 8 / 1e6 < 1.3 * 2
+
+
 @pytest.mark.parametrize("rate", ["400gbit", "1000tbit"])
 def test_the_fastest_rates_do_not_overflow(bed: Lab, rate: str) -> None:
     limit(bed, "--rate", rate)
