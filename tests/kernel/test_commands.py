@@ -307,7 +307,9 @@ def test_what_the_verifier_rejects_leaves_nothing(bed: Lab, tmp_path: Path) -> N
     bed.bpfrl("generate", "--rate", "2mbit", "-o", str(file))
     image = bytearray(file.read_bytes())
     with file.open("rb") as stream:
-        place = ELFFile(stream).get_section_by_name("cgroup_skb/egress")["sh_offset"]
+        section = ELFFile(stream).get_section_by_name("cgroup_skb/egress")
+        assert section is not None
+        place = section["sh_offset"]
     image[place : place + 8] = bytes.fromhex("7912ff7f00000000")  # r2 = *(u64 *)(r1 + 32767)
     file.write_bytes(image)
     done = bed.bpfrl("attach", "--pod-uid", bed.pod_uid, "--object", str(file), check=False)

@@ -241,7 +241,7 @@ def test_a_running_flow_follows_each_change_of_its_limit_and_detach_lets_it_go(b
     def rate_now() -> float:
         before, start = only(bed)["egress"]["passed_bytes"], time.monotonic()
         time.sleep(0.7)
-        return (only(bed)["egress"]["passed_bytes"] - before) * 8 / (time.monotonic() - start)
+        return float((only(bed)["egress"]["passed_bytes"] - before) * 8 / (time.monotonic() - start))
 
     # bpfrl itself takes a while on a busy machine; what is looked at is which rate the flow has found.
     assert 8e6 < rate_now() < 11e6
