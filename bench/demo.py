@@ -13,7 +13,7 @@ from typing import Final
 
 from rich.console import Console
 
-from bench.lab import POD_ADDRESS, PEER_ADDRESS, Lab, lab
+from bench.lab import PEER_ADDRESS, POD_ADDRESS, Lab, lab
 
 RATE: Final = "10mbit"
 _SECONDS: Final = "4"
