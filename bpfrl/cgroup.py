@@ -16,7 +16,8 @@ systemd writes '-' in the UID as '_', because in the name of a slice it stands f
 static pod is the hash of its manifest, 32 digits without any '-'.
 
 So the folders that can hold pods ("parents") are few and known by name, and a pod's folder within each is
-known exactly: parents are looked for once and remembered, a pod costs one look per parent.
+known exactly: parents are remembered, and a pod costs one look per parent. Only where no parent has the pod are
+they looked for anew, in all of the tree.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from pathlib import Path
 from typing import Final
 
 from bpfrl import libc
-from bpfrl.errors import CgroupNotFoundError, InvalidValueError
-from bpfrl.limits import PodRef
+from bpfrl.errors import AmbiguousCgroupError, CgroupNotFoundError, InvalidValueError
 from bpfrl.mounts import mounts
 
 _SLICE: Final = ".slice"
 _QOS: Final = ("burstable", "besteffort")
-_POLL_SECONDS: Final = 0.02
+# A pod that is not there yet costs a walk of the tree each time.
+_POLL_SECONDS: Final = 0.1
 
 
 def mount_point() -> Path:
@@ -63,7 +64,8 @@ class CgroupTree:
         """The cgroup of the pod with this UID.
 
         Raises:
-            CgroupNotFoundError: there is none, or several that could be it.
+            CgroupNotFoundError: there is none.
+            AmbiguousCgroupError: there are several that could be it.
         """
         found = self._look(uid)
         if not found:
@@ -74,7 +76,7 @@ class CgroupTree:
                 f"no cgroup for pod {uid} under {self.root}: is it running on this node? (--wait waits for it)"
             )
         if len(found) > 1:
-            raise CgroupNotFoundError(
+            raise AmbiguousCgroupError(
                 f"several cgroups for pod {uid}, name one with --cgroup: {', '.join(map(str, found))}"
             )
         return found[0]
@@ -90,7 +92,7 @@ class CgroupTree:
             try:
                 return self.find(uid)
             except CgroupNotFoundError:
-                if time.monotonic() >= deadline:
+                if not time.monotonic() < deadline:  # NaN is no time to wait either
                     raise
             time.sleep(_POLL_SECONDS)
 
@@ -136,24 +138,21 @@ def path_of(cgroup_id: int) -> Path | None:
         os.close(node)
 
 
-def network_namespaces(path: Path) -> list[Path]:
-    """One /proc entry for each network namespace that processes of a cgroup, and of those below it, are in.
+def open_network_namespaces(path: Path) -> list[int]:
+    """A descriptor for each network namespace that processes of a cgroup, and of those below it, are in.
 
-    They are as short-lived as the processes: open them soon.
+    They are the caller's to close.
     """
-    found: dict[int, Path] = {}
+    found: dict[int, int] = {}
     for folder, _, _ in os.walk(path):
         with contextlib.suppress(OSError):
             for pid in Path(folder, "cgroup.procs").read_text().split():
-                namespace = Path("/proc", pid, "ns", "net")
+                # Opened at once: a process may end at any moment, and its namespace with it.
                 with contextlib.suppress(OSError):
-                    found.setdefault(namespace.stat().st_ino, namespace)
+                    number = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+                    if found.setdefault(os.fstat(number).st_ino, number) != number:
+                        os.close(number)
     return list(found.values())
-
-
-def own_pod(path: Path) -> PodRef:
-    """A reference to a cgroup that is no pod."""
-    return PodRef.of_cgroup(id_of(path))
 
 
 def _parents(root: Path) -> Iterator[Path]:

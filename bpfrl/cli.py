@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeVar
@@ -36,8 +37,8 @@ _USAGE: Final = 2
 _INTERRUPTED: Final = 130
 _LEVELS: Final = (logging.WARNING, logging.INFO, logging.DEBUG)
 _REDRAW_SECONDS: Final = 1.0
-# Wider than any row: what is piped is not to be cut off or folded.
-_PIPED_WIDTH: Final = 4096
+# Wider than any row: a UID that is cut off is of no use.
+_UNCUT_WIDTH: Final = 4096
 # A limiter has 24 KB; what is a thousand times as long is not one.
 _LONGEST_OBJECT: Final = 16 * 2**20
 
@@ -49,6 +50,9 @@ class _OneLineErrors(click.Group):
         kwargs["standalone_mode"] = False
         try:
             code = super().main(*args, **kwargs)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message(), err=True)
+            sys.exit(_USAGE)
         except click.UsageError as error:
             command = error.ctx.command_path if error.ctx else "bpfrl"
             _die(f"{command}: {error.format_message()} (see {command} --help)", _USAGE)
@@ -106,7 +110,8 @@ _RATE: Final = _Parsed("rate", Rate.parse)
 _SIZE: Final = _Parsed("size", parse_size)
 _UID: Final = _Parsed("uid", _parse_uid)
 _POD_NAME: Final = _Parsed("namespace/name", _parse_pod_name)
-_FOLDER: Final = click.Path(path_type=Path)
+# Whether it can be read is for the command to find out that needs it.
+_FOLDER: Final = click.Path(path_type=Path, readable=False)
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ class _Node:
     cgroup_root: Path | None
 
     def agent(self) -> Agent:
-        return Agent(self.bpffs, self.tree())
+        return Agent(self.bpffs)
 
     def tree(self) -> CgroupTree:
         return CgroupTree(cgroup.check(self.cgroup_root) if self.cgroup_root else None)
@@ -197,6 +202,9 @@ _pod_uid_option = click.option(
 _pod_name_option = click.option("--pod-name", type=_POD_NAME, help="The pod's name, for bpfrl list to show.")
 
 
+_NO_TERMINAL: Final = "an object is not for a terminal: use -o FILE, or pipe it somewhere"
+
+
 @cli.command()
 @_limit_options
 @_pod_uid_option
@@ -220,13 +228,42 @@ def generate(
         raise click.UsageError("--pod-name goes with --pod-uid")
     limits = _limits(rate, egress, ingress, burst)
     to_stdout = str(output) == "-"
-    if to_stdout and sys.stdout.isatty():
-        raise click.UsageError("an object is not for a terminal: use -o FILE, or pipe it somewhere")
+    if to_stdout and (sys.stdout is None or sys.stdout.isatty()):
+        raise click.UsageError(_NO_TERMINAL)
     image = generator.generate(PodRef(pod_uid, *(pod_name or ())) if pod_uid else None, limits)
-    # A regular file appears whole or not at all; what is a pipe or a device stays one.
-    atomic = not to_stdout and (output.is_file() or not output.exists())
-    with click.open_file(str(output), "wb", atomic=atomic) as file:
-        file.write(image)
+    if to_stdout:
+        rest = memoryview(image)
+        while rest:  # with PYTHONUNBUFFERED, one call may write a part and no more
+            rest = rest[sys.stdout.buffer.write(rest) :]
+        sys.stdout.buffer.flush()
+    else:
+        _write(output, image)
+
+
+def _write(output: Path, image: bytes) -> None:
+    """A regular file appears whole or not at all; what is a pipe or a device stays one."""
+    if output.is_dir():
+        raise click.UsageError(f"'{output}' is a folder: name a file in it")
+    if output.is_char_device():
+        with output.open("wb") as device:
+            if device.isatty():
+                raise click.UsageError(_NO_TERMINAL)
+    whole = output.is_file() or not output.exists()
+    target = Path(os.path.realpath(output))
+    written = target.with_name(f".{target.name}.{os.getpid()}") if whole else output
+    try:
+        written.write_bytes(image)
+        if whole:
+            if target.exists():
+                shutil.copymode(target, written)
+            written.replace(target)
+    except OSError as error:
+        error.filename = str(output)
+        raise
+    finally:
+        if whole:
+            with suppress(OSError):
+                written.unlink()
 
 
 @cli.command()
@@ -275,11 +312,18 @@ def attach(
     else:
         raise click.UsageError("--object brings its own limits: leave out --rate, --egress, --ingress and --burst")
 
-    folder = cgroup.check(path) if path else node.tree().wait(pod_uid or "", wait)
-    pod = PodRef(pod_uid, *(pod_name or ())) if pod_uid else cgroup.own_pod(folder)
+    named = PodRef(pod_uid, *(pod_name or ())) if pod_uid else None
+    folder = _limitable(path) if path else node.tree().wait(pod_uid or "", wait)
+    pod = named or PodRef.of_cgroup(cgroup.id_of(folder))
     change = None if image is None or dry_run else node.agent().attach(image, pod, folder)
     done = f"{change.value}" if change else "would be limited (dry run)"
-    click.echo(f"pod/{pod.uid} {done}: {_describe(limits)} at {folder}")
+    click.echo(f"{pod.label} {done}: {_describe(limits)} at {folder}")
+
+
+def _limitable(path: Path) -> Path:
+    if cgroup.check(path).samefile(cgroup.mount_point()):
+        raise InvalidValueError(f"'{path}' is the root cgroup, which is the whole machine: take one below it")
+    return path
 
 
 def _describe(limits: Limits) -> str:
@@ -289,7 +333,7 @@ def _describe(limits: Limits) -> str:
 
 @cli.command()
 @click.option("--pod-uid", "uids", type=_UID, multiple=True, help="This pod, as bpfrl list shows it. Repeatable.")
-@click.option("--cgroup", "path", type=_FOLDER, help="This cgroup, attached by --cgroup alone.")
+@click.option("--cgroup", "path", type=_FOLDER, help="This cgroup.")
 @click.option("--all", "everything", is_flag=True, help="Every limiter on this node.")
 @click.pass_obj
 def detach(node: _Node, uids: tuple[str, ...], path: Path | None, everything: bool) -> None:
@@ -300,21 +344,31 @@ def detach(node: _Node, uids: tuple[str, ...], path: Path | None, everything: bo
     if sum((bool(uids), path is not None, everything)) != 1:
         raise click.UsageError("which pod? use one of --pod-uid UID, --cgroup PATH and --all")
     agent = node.agent()
-    targets: Sequence[str] = uids
     if path:
-        targets = [cgroup.own_pod(cgroup.check(path)).uid]
-    elif everything:
+        uid, change = agent.detach_cgroup(cgroup.check(path))
+        click.echo(f"{PodRef(uid).label} {change.value}")
+        return
+    targets: Sequence[str] = uids
+    if everything:
         targets = [found.uid if isinstance(found, Broken) else found.pod.uid for found in agent.limiters()]
+        if not targets:
+            click.echo(_nothing(agent), err=True)
     failed = False
     for uid in targets:
         try:
-            click.echo(f"pod/{uid} {agent.detach(uid).value}")
+            change = agent.detach(uid)
         except BpfrlError as error:
             # With several to do, one that cannot be done is no reason to leave the others.
             click.echo(f"bpfrl: {error}", err=True)
             failed = True
+        else:
+            click.echo(f"{PodRef(uid).label} {change.value}")
     if failed:
         sys.exit(_FAILURE)
+
+
+def _nothing(agent: Agent) -> str:
+    return "no pods are limited here" if agent.is_mounted() else f"no pods are limited here: no bpffs on {agent.bpffs}"
 
 
 @cli.command("list")
@@ -331,8 +385,8 @@ def detach(node: _Node, uids: tuple[str, ...], path: Path | None, everything: bo
 def list_(node: _Node, output: str, watch: bool) -> None:
     """Show the limited pods of this node.
 
-    Everything comes from the kernel; no daemon has to run. SENT and RECEIVED are bytes at layer 3 since the
-    limiter was attached, DROPPED is what did not pass; each is followed by its packets.
+    Everything comes from the kernel; no daemon has to run. TX is what the pod has sent and RX what it has received
+    since it was limited, in bytes at layer 3 and in packets; DROP is what did not pass.
     """
     if watch and output not in ("table", "wide"):
         raise click.UsageError(f"--watch draws tables: it does not go with -o {output}")
@@ -345,7 +399,7 @@ def list_(node: _Node, output: str, watch: bool) -> None:
         if rows or broken:
             _console().print(render.table(rows, broken, wide=output == "wide"))
         else:
-            click.echo("no pods are limited here", err=True)
+            click.echo(_nothing(agent), err=True)
         return
     form = {"json": render.to_json, "yaml": render.to_yaml, "name": render.to_names}[output]
     text = form(rows, broken)
@@ -364,7 +418,7 @@ def _look(agent: Agent, *, paths: bool) -> tuple[list[render.Row], list[Broken]]
 
 
 def _watch(agent: Agent, *, wide: bool) -> None:
-    console = _console()
+    console = _console(cut=True)
     live = Live(console=console, auto_refresh=False, screen=False) if console.is_terminal else None
     before: dict[str, tuple[Status, float]] = {}
     with live or nullcontext():
@@ -380,8 +434,9 @@ def _watch(agent: Agent, *, wide: bool) -> None:
             time.sleep(_REDRAW_SECONDS)
 
 
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH, highlight=False)
+def _console(*, cut: bool = False) -> Console:
+    """Where tables go. Only one that is drawn again and again is cut to the terminal: a list is to be read whole."""
+    return Console(width=None if cut and sys.stdout.isatty() else _UNCUT_WIDTH, highlight=False)
 
 
 def main() -> None:

@@ -24,7 +24,15 @@ class CompilerError(BpfrlError):
 
 
 class CgroupNotFoundError(BpfrlError):
-    """No cgroup here for this pod, or more than one."""
+    """No cgroup here for this pod."""
+
+
+class AmbiguousCgroupError(BpfrlError):
+    """Several cgroups could be this pod's."""
+
+
+class AlreadyLimitedError(BpfrlError):
+    """Another limiter holds this cgroup, or one above or below it."""
 
 
 class PermissionDeniedError(BpfrlError):

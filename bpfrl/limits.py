@@ -20,7 +20,8 @@ _UID: Final = re.compile(
     re.ASCII,
 )
 _DNS_LABEL: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?", re.ASCII)
-_DNS_SUBDOMAIN: Final = re.compile(rf"{_DNS_LABEL.pattern}(?:\.{_DNS_LABEL.pattern})*", re.ASCII)
+# Kubernetes does not hold the parts of a pod's name to the 63 characters of a label.
+_DNS_SUBDOMAIN: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)*", re.ASCII)
 _LONGEST_NAME: Final = 253
 
 
@@ -35,13 +36,18 @@ class PodRef:
     def __post_init__(self) -> None:
         if not _UID.fullmatch(self.uid):
             raise InvalidValueError(
-                f"'{self.uid[:80]}' is no pod UID: it has the form 8c4a6c1e-0f6b-4c0e-9d0b-0a5f5a3a7f10"
+                f"{self.uid[:80]!r} is no pod UID: it has the form 8c4a6c1e-0f6b-4c0e-9d0b-0a5f5a3a7f10"
                 " (kubectl get pod NAME -o jsonpath={.metadata.uid}), or 32 hexadecimal digits for a static pod"
             )
         if self.namespace and not _DNS_LABEL.fullmatch(self.namespace):
-            raise InvalidValueError(f"'{self.namespace[:80]}' is no namespace: lower-case letters, digits and '-'")
+            raise InvalidValueError(f"{self.namespace[:80]!r} is no namespace: lower-case letters, digits and '-'")
         if self.name and not (len(self.name) <= _LONGEST_NAME and _DNS_SUBDOMAIN.fullmatch(self.name)):
-            raise InvalidValueError(f"'{self.name[:80]}' is no pod name: lower-case letters, digits, '-' and '.'")
+            raise InvalidValueError(f"{self.name[:80]!r} is no pod name: lower-case letters, digits, '-' and '.'")
+
+    @property
+    def label(self) -> str:
+        """What a line of output calls it: pod/<uid>, or the cgroup's own name."""
+        return self.uid if self.uid.startswith("cgroup-") else f"pod/{self.uid}"
 
     @classmethod
     def of_cgroup(cls, cgroup_id: int) -> PodRef:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,12 @@ class Mount:
 def mounts(kind: str, table: Path = Path("/proc/self/mountinfo")) -> list[Mount]:
     """The mounts of a file system type, in the order in which they were made (proc_pid_mountinfo(5))."""
     found = []
-    for line in table.read_text().splitlines():
+    # Paths may hold whatever a pod has asked for: bytes that are no text, and what Python takes for ends of lines.
+    for line in os.fsdecode(table.read_bytes()).split("\n"):
         # id parent major:minor root mount-point options [optional fields] - type source options
         mount, _, source = line.partition(" - ")
-        if source.split()[0] == kind:
-            _, _, device, root, path, *_ = mount.split()
+        if source.split(" ")[0] == kind:
+            _, _, device, root, path, *_ = mount.split(" ")
             found.append(Mount(Path(_unescape(path)), _unescape(root), device, kind))
     return found
 

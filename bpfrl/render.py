@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import yaml
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from bpfrl.bpf.layout import Counters
 from bpfrl.bpf.limiter import Broken, Status
+from bpfrl.limits import PodRef
 from bpfrl.units import Rate, format_size
 
 _NONE: Final = "-"
@@ -50,42 +52,58 @@ _POD: Final = (
     _Column("UID", lambda row: row.status.pod.uid, right=False),
     _Column("POD", lambda row: str(row.status.pod) if row.status.pod.name else _NONE, right=False),
 )
-_EGRESS: Final = (
-    _Column("EGRESS", lambda row: _limit(row.status.limits.egress)),
-    _Column("SENT", lambda row: short(row.status.egress.passed_bytes)),
-    _Column("PACKETS", lambda row: short(row.status.egress.passed_packets)),
-    _Column("DROPPED", lambda row: short(row.status.egress.dropped_bytes)),
-    _Column("PACKETS", lambda row: short(row.status.egress.dropped_packets)),
+_EGRESS: Final = (_Column("EGRESS", lambda row: _limit(row.status.limits.egress)),)
+_EGRESS_COUNTERS: Final = (
+    _Column("TX-BYTES", lambda row: short(row.status.egress.passed_bytes)),
+    _Column("TX-PKTS", lambda row: short(row.status.egress.passed_packets)),
+    _Column("TX-DROP-BYTES", lambda row: short(row.status.egress.dropped_bytes)),
+    _Column("TX-DROP-PKTS", lambda row: short(row.status.egress.dropped_packets)),
 )
-_INGRESS: Final = (
-    _Column("INGRESS", lambda row: _limit(row.status.limits.ingress)),
-    _Column("RECEIVED", lambda row: short(row.status.ingress.passed_bytes)),
-    _Column("PACKETS", lambda row: short(row.status.ingress.passed_packets)),
-    _Column("DROPPED", lambda row: short(row.status.ingress.dropped_bytes)),
-    _Column("PACKETS", lambda row: short(row.status.ingress.dropped_packets)),
+_INGRESS: Final = (_Column("INGRESS", lambda row: _limit(row.status.limits.ingress)),)
+_INGRESS_COUNTERS: Final = (
+    _Column("RX-BYTES", lambda row: short(row.status.ingress.passed_bytes)),
+    _Column("RX-PKTS", lambda row: short(row.status.ingress.passed_packets)),
+    _Column("RX-DROP-BYTES", lambda row: short(row.status.ingress.dropped_bytes)),
+    _Column("RX-DROP-PKTS", lambda row: short(row.status.ingress.dropped_packets)),
 )
 _AGE: Final = (_Column("AGE", lambda row: age(row.now - row.status.attached_at)),)
 _WIDE: Final = (
     _Column("BURST", lambda row: format_size(row.status.limits.burst) if row.status.limits.burst else "default"),
     _Column("CGROUP", lambda row: str(row.cgroup or "gone"), right=False),
 )
-_RATES: Final = (
-    _Column("SENDING", lambda row: _rate(row, lambda status: status.egress)),
-    _Column("RECEIVING", lambda row: _rate(row, lambda status: status.ingress)),
+_SENDING: Final = (_Column("SENDING", lambda row: _rate(row, lambda status: status.egress.passed_bytes)),)
+_RECEIVING: Final = (_Column("RECEIVING", lambda row: _rate(row, lambda status: status.ingress.passed_bytes)),)
+_DROPPING: Final = (
+    _Column(
+        "DROPPING", lambda row: _rate(row, lambda status: status.egress.dropped_bytes + status.ingress.dropped_bytes)
+    ),
 )
 
+_LISTED: Final = (*_POD, *_EGRESS, *_EGRESS_COUNTERS, *_INGRESS, *_INGRESS_COUNTERS, *_AGE)
+_WATCHED: Final = (*_POD, *_EGRESS, *_SENDING, *_INGRESS, *_RECEIVING, *_DROPPING)
 
-def table(rows: Sequence[Row], broken: Sequence[Broken], *, wide: bool = False, rates: bool = False) -> Table:
-    """A row for each limiter, then one for each broken folder with what is wrong with it."""
-    columns = (*_POD, *_EGRESS, *_INGRESS, *(_RATES if rates else ()), *_AGE, *(_WIDE if wide else ()))
-    grid = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="")
+
+def table(rows: Sequence[Row], broken: Sequence[Broken], *, wide: bool = False, rates: bool = False) -> Group:
+    """A row for each limiter; below, a line for each that wants attention.
+
+    Args:
+        rows: the limiters.
+        broken: the folders that should be limiters.
+        wide: with burst and cgroup.
+        rates: with what passes now in the place of what has passed so far.
+    """
+    columns = (*(_WATCHED if rates else _LISTED), *(_WIDE if wide else ()))
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
     for column in columns:
         grid.add_column(column.title, no_wrap=True, justify="right" if column.right else "left")
     for row in rows:
         grid.add_row(*(Text(column.cell(row)) for column in columns))
-    for folder in broken:
-        grid.add_row(folder.uid, Text(f"broken: {folder.reason}", style="red"))
-    return grid
+    gone = [row.status.pod.uid for row in rows if not row.status.cgroup_id]
+    notes = [
+        *(f"broken: {folder.uid}: {folder.reason}" for folder in broken),
+        *(f"gone: {uid}: its cgroup is no more: detach it, or attach it to its pod's new cgroup" for uid in gone),
+    ]
+    return Group(*([grid] if rows else []), *(Text(note, style="red", no_wrap=True) for note in notes))
 
 
 def to_json(rows: Sequence[Row], broken: Sequence[Broken]) -> str:
@@ -99,8 +117,9 @@ def to_yaml(rows: Sequence[Row], broken: Sequence[Broken]) -> str:
 
 
 def to_names(rows: Sequence[Row], broken: Sequence[Broken]) -> str:
-    """pod/<uid>, a line each, as kubectl's ``-o name``."""
-    return "\n".join(f"pod/{uid}" for uid in [*(row.status.pod.uid for row in rows), *(each.uid for each in broken)])
+    """The limiters' labels, a line each, as kubectl's ``-o name``."""
+    pods = [*(row.status.pod for row in rows), *(PodRef(folder.uid) for folder in broken)]
+    return "\n".join(pod.label for pod in pods)
 
 
 def short(number: float) -> str:
@@ -131,13 +150,13 @@ def _limit(rate: Rate | None) -> str:
     return _NONE if rate is None else str(rate)
 
 
-def _rate(row: Row, direction: Callable[[Status], Counters]) -> str:
-    """What passed since the earlier look, in bit/s."""
+def _rate(row: Row, counter: Callable[[Status], int]) -> str:
+    """What a counter of byte has gained since the earlier look, in bit/s."""
     if row.before is None or row.now <= row.before[1]:
         return _NONE
     status, then = row.before
-    passed = direction(row.status).passed_bytes - direction(status).passed_bytes
-    return f"{short(max(0, passed) * 8 / (row.now - then))}bit"
+    gained = max(0, counter(row.status) - counter(status))
+    return f"{short(gained * 8 / (row.now - then))}bit"
 
 
 def _document(rows: Sequence[Row], broken: Sequence[Broken]) -> dict[str, Any]:
@@ -158,7 +177,7 @@ def _item(row: Row) -> dict[str, Any]:
         "egress": _direction(status.limits.egress, status.egress),
         "ingress": _direction(status.limits.ingress, status.ingress),
         "burst_bytes": status.limits.burst,
-        "cgroup_id": status.cgroup_id,
+        "cgroup_id": status.cgroup_id or None,
         "cgroup": str(row.cgroup) if row.cgroup else None,
         "attached_at": round(status.attached_at, 3),
         "age_seconds": max(0, round(row.now - status.attached_at)),

@@ -36,6 +36,7 @@ _TC_RATE: Final[dict[str, Decimal]] = {
 
 # Sixty characters and three digits of exponent are more than any rate needs, and keep hostile input cheap.
 _LONGEST: Final = 60
+_LARGEST_SIZE: Final = 2**63 - 1
 _NUMBER: Final = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)((?:[eE][+-]?[0-9]{1,3})?)([A-Za-z/]*)", re.ASCII)
 
 _RATE_FORMS: Final = "write it as 10mbit, 500kbit, 2gbit (tc) or 10M, 500k, 2G (Kubernetes), in bits per second"
@@ -72,7 +73,8 @@ class Rate:
             raise InvalidValueError(
                 f"rate '{text}' may mean bits or bytes: write bits per second as {_bits_hint(text)}"
             )
-        factor = _TC_RATE.get(suffix.lower(), _QUANTITY.get(suffix))
+        # tc does not know "10mbit/s", but everybody else does.
+        factor = _TC_RATE.get(suffix.lower().removesuffix("/s"), _QUANTITY.get(suffix))
         if factor is None:
             raise InvalidValueError(f"rate '{text}' has no known unit: {_RATE_FORMS}")
         bits = _whole(number * factor)
@@ -93,7 +95,7 @@ def parse_size(text: str) -> int:
     """Read a size in byte, written as a Kubernetes Quantity (``64Ki``, ``64k``, ``65536``).
 
     Raises:
-        InvalidValueError: the text is no size.
+        InvalidValueError: the text is no size, or one that 63 bits do not hold.
     """
     text = text.strip()
     number, suffix = _split(text, "size", _SIZE_FORMS)
@@ -102,7 +104,10 @@ def parse_size(text: str) -> int:
     factor = _QUANTITY.get(suffix)
     if factor is None or suffix in _FRACTIONS:
         raise InvalidValueError(f"size '{text}' has no known unit: {_SIZE_FORMS}")
-    return _whole(number * factor)
+    size = _whole(number * factor)
+    if size > _LARGEST_SIZE:
+        raise InvalidValueError(f"size '{text}' is out of range: {_SIZE_FORMS}")
+    return size
 
 
 def format_size(size: int) -> str:
@@ -116,7 +121,7 @@ def format_size(size: int) -> str:
 def _split(text: str, what: str, forms: str) -> tuple[Decimal, str]:
     match = _NUMBER.fullmatch(text) if len(text) <= _LONGEST else None
     if match is None:
-        raise InvalidValueError(f"{what} '{text[:_LONGEST]}' is not a positive number with a unit: {forms}")
+        raise InvalidValueError(f"{what} {text[:_LONGEST]!r} is not a positive number with a unit: {forms}")
     return Decimal(match[1] + match[2]), match[3]
 
 

@@ -1,8 +1,8 @@
 """From limits to a BPF object.
 
 clang compiles ``limiter.bpf.c`` once; the result is the same for every pod and kept in a cache on disk under a
-name that covers everything it was made from. A pod's object is that template with the pod's limits and identity
-written into its data sections, at the places that the symbol table tells: no compiler runs per pod, and
+name that covers our sources, the flags and the compiler. A pod's object is that template with the pod's limits and
+identity written into its data sections, at the places that the symbol table tells: no compiler runs per pod, and
 anything that reads BPF objects (bpftool, libbpf) can load the result.
 """
 
@@ -41,11 +41,21 @@ _DIGEST_BYTES: Final = hashlib.sha256().digest_size
 
 
 class Contents(NamedTuple):
-    """What a limiter's object says of itself."""
+    """What a limiter's object says of itself.
+
+    Attributes:
+        pod: whom it was made for, if for anyone.
+        limits: its limits.
+        data: the same as the programs see them.
+        build: the digest of the object before it was filled in.
+        identity_at: where in the object the identity stands.
+    """
 
     pod: PodRef | None
     limits: Limits
+    data: LimitsData
     build: bytes
+    identity_at: int
 
 
 class _Template(NamedTuple):
@@ -79,15 +89,10 @@ def generate(pod: PodRef | None, limits: Limits) -> bytes:
     return bytes(image)
 
 
-def relabel(image: bytes, pod: PodRef) -> bytes:
-    """The same object, for this pod.
-
-    Raises:
-        InvalidObjectError: the bytes are no limiter of this layout.
-    """
-    contents = inspect(image)
+def relabel(image: bytes, contents: Contents, pod: PodRef) -> bytes:
+    """The same object, whose contents :func:`inspect` has found, for this pod."""
     changed = bytearray(image)
-    _write(changed, _place(image, "identity", IdentityData), _identity(pod, contents.build))
+    _write(changed, contents.identity_at, _identity(pod, contents.build))
     return bytes(changed)
 
 
@@ -97,7 +102,8 @@ def inspect(image: bytes) -> Contents:
     Raises:
         InvalidObjectError: the bytes are no limiter of this layout.
     """
-    identity = IdentityData.from_buffer_copy(image, _place(image, "identity", IdentityData))
+    identity_at = _place(image, "identity", IdentityData)
+    identity = IdentityData.from_buffer_copy(image, identity_at)
     if identity.layout != LAYOUT:
         raise InvalidObjectError(
             f"the object has layout {identity.layout}, this bpfrl knows {LAYOUT}: generate it again with this version"
@@ -108,7 +114,7 @@ def inspect(image: bytes) -> Contents:
         limits = law.decode(data)
     except (BpfrlError, UnicodeDecodeError) as error:
         raise InvalidObjectError(f"the object's limits or identity are damaged ({error}): generate it again") from error
-    return Contents(pod, limits, bytes(identity.build))
+    return Contents(pod, limits, data, bytes(identity.build), identity_at)
 
 
 def read_identity(identity: IdentityData) -> PodRef | None:
@@ -150,7 +156,7 @@ def compile_object(source: str) -> bytes:
 
 
 def _digest(folder: Path, source: str, tools: tuple[str, ...]) -> str:
-    """A name for everything that the compiler's output follows from."""
+    """A name for what the compiler's output follows from; system headers, which only declare, are left out."""
     digest = hashlib.sha256(repr((source, _FLAGS)).encode())
     for tool in tools:
         status = os.stat(tool)
@@ -170,9 +176,12 @@ def _cache_folder() -> Path:
 
 
 def _kept(cached: Path) -> bytes | None:
-    """What the cache holds, unless it was damaged: behind the object stands its digest."""
+    """What the cache holds, unless it was damaged (behind the object stands its digest) or is someone else's."""
     try:
-        content = cached.read_bytes()
+        with cached.open("rb") as file:
+            if os.fstat(file.fileno()).st_uid != os.geteuid():
+                return None
+            content = file.read()
     except OSError:
         return None
     image, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]

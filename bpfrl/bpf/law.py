@@ -35,6 +35,8 @@ EGRESS_DROP_NS: Final = 100 * _MS
 EGRESS_DROP_BYTES: Final = 256 * 1024
 EGRESS_DROP_LONGEST_NS: Final = 2 * NSEC_PER_SEC
 DROP_LEAST_BYTES: Final = 16 * 1024
+# Short packets get through where bulk is dropped: what bulk overshoots by is a packet, far below a quarter.
+DROP_SHORT_PERCENT: Final = 125
 # A sender that is not paced from here is only stopped by loss, and then waits out its retransmission timeout of
 # 200 ms; a bucket that holds less than that much runs dry meanwhile (100 ms: 52 % of the limit; 250 ms: 95 %).
 INGRESS_DROP_NS: Final = 250 * _MS
@@ -42,18 +44,19 @@ INGRESS_DROP_NS: Final = 250 * _MS
 # The programs multiply a rate of up to 2^38 byte/s by D0/D < 2 with 24 fraction bits: within 64 bits. Faster limits are
 # shared as 2^38 byte/s would be; no pacing rate is near it (the socket option ends at 2^32).
 _FAIR_RATE_CEILING: Final = 2**38
-# Lengths stay below 2^20 byte (BIG TCP: 512 KB and its headers), so that length * multiplier fits 64 bits.
+# Lengths stay below 2^21 byte (BIG TCP: 512 KB, and as much again of headers and more where the MSS is tiny), so
+# that length * multiplier fits 64 bits.
 _COST_BITS: Final = 43
 _COST_SHIFT_CEILING: Final = 63
-_UNLIMITED_RATE: Final = 2**38
 
 
 def egress(rate: Rate | None, burst: int | None) -> LimitData:
     """The egress program's numbers for a rate and a burst in byte (None: the default burst)."""
     if rate is None:
-        return LimitData(fair_cap=_UNLIMITED_RATE, fair_onset_ns=2**62)
+        return LimitData()
     longest = min(time_of(EGRESS_DROP_BYTES, rate), EGRESS_DROP_LONGEST_NS)
     data = _clock(rate, burst, drop_ns=max(EGRESS_DROP_NS, longest))
+    data.fresh_ns = max(EGRESS_DROP_NS, time_of(DROP_LEAST_BYTES, rate))
     data.share_ns = max(D0_NS, time_of(SHARE_BYTES, rate))
     data.rate = min(rate.bits // 8, _FAIR_RATE_CEILING)
     data.fair_cap = data.rate * FAIR_CAP_PERCENT // 100
@@ -82,11 +85,13 @@ def default_burst(rate: Rate) -> int:
 
 
 def _clock(rate: Rate, burst: int | None, drop_ns: int) -> LimitData:
+    drop_ns = max(drop_ns, time_of(DROP_LEAST_BYTES, rate))
     return LimitData(
         rate_bits=rate.bits,
         cost=_cost(rate),
         burst_ns=time_of(default_burst(rate) if burst is None else burst, rate),
-        drop_ns=max(drop_ns, time_of(DROP_LEAST_BYTES, rate)),
+        drop_ns=drop_ns,
+        drop_short_ns=drop_ns * DROP_SHORT_PERCENT // 100,
     )
 
 

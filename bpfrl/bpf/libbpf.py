@@ -3,7 +3,8 @@
 bcc's library is linked with libbpf, and its symbols resolve through it: nothing else has to be installed, and
 nothing but this module imports bcc, which costs 70 MB of address space and a tenth of a second.
 
-Everything that the kernel hands out is a :class:`Descriptor`, closed where its ``with`` ends. All functions
+What the kernel hands out is a :class:`Descriptor`, closed where its ``with`` ends; those of a :class:`LoadedObject`
+belong to it, and end with it. All functions
 raise :class:`PermissionDeniedError` without the privileges and :class:`KernelError` where the kernel refuses,
 with the reason in the text.
 """
@@ -15,11 +16,11 @@ import errno
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, Structure, byref, c_bool, c_char, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
-from typing import Any, Final, NoReturn, Self, TypeVar
+from typing import Any, Final, NamedTuple, NoReturn, Self, TypeVar
 
 from bpfrl.errors import KernelError, PermissionDeniedError
 
@@ -28,6 +29,15 @@ Data = TypeVar("Data", bound=Structure)
 _LOG_BYTES: Final = 1 << 20
 _LOG_LINES: Final = 3
 _READ_BYTES: Final = 1 << 16
+
+
+# linux/bpf.h
+_MAP_TYPE_ARRAY: Final = 2
+_MAP_TYPE_PERCPU_ARRAY: Final = 6
+_LINK_TYPE_CGROUP: Final = 3
+_QUERY_EFFECTIVE: Final = 1
+# The kernel lets 64 programs attach to one cgroup (BPF_CGROUP_MAX_PROGS); the levels above add theirs.
+_QUERY_PROGRAMS: Final = 1024
 
 
 class AttachType(IntEnum):
@@ -80,6 +90,17 @@ class _MapInfo(Structure):
     )
 
 
+class _ProgramInfo(Structure):
+    """The beginning of struct bpf_prog_info (linux/bpf.h)."""
+
+    _fields_ = (
+        ("type", c_uint32),
+        ("id", c_uint32),
+        ("_between", c_uint64 * 7),
+        ("name", c_char * 16),
+    )
+
+
 _PROTOTYPES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "libbpf_set_print": (c_void_p, (c_void_p,)),
     "libbpf_num_possible_cpus": (c_int, ()),
@@ -97,6 +118,8 @@ _PROTOTYPES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "bpf_link_create": (c_int, (c_int, c_int, c_int, c_void_p)),
     "bpf_link_update": (c_int, (c_int, c_int, c_void_p)),
     "bpf_link_detach": (c_int, (c_int,)),
+    "bpf_prog_query": (c_int, (c_int, c_int, c_uint32, c_void_p, POINTER(c_uint32), POINTER(c_uint32))),
+    "bpf_prog_get_fd_by_id": (c_int, (c_uint32,)),
     "bpf_iter_create": (c_int, (c_int,)),
     "bpf_map_lookup_elem": (c_int, (c_int, c_void_p, c_void_p)),
     "bpf_map_update_elem": (c_int, (c_int, c_void_p, c_void_p, c_uint64)),
@@ -185,18 +208,40 @@ def detach(link: Descriptor) -> None:
     _check(_lib().bpf_link_detach(link.number), "detach")
 
 
-def linked_cgroup(link: Descriptor) -> int:
-    """The id of the cgroup that a link's program runs for; 0 once that cgroup is gone."""
-    info = _CgroupLinkInfo()
-    size = c_uint32(ctypes.sizeof(info))
-    _check(_lib().bpf_obj_get_info_by_fd(link.number, byref(info), byref(size)), "look at a link")
-    return int(info.cgroup_id)
+class Linked(NamedTuple):
+    """What a link connects: the cgroup's id is 0 once that is gone, or the link detached."""
+
+    cgroup_id: int
+    program_id: int
+
+
+def linked(link: Descriptor) -> Linked:
+    """What a link to a cgroup connects."""
+    info = _info(link, _CgroupLinkInfo)
+    if info.type != _LINK_TYPE_CGROUP:
+        raise KernelError("a pin that should be a link to a cgroup is something else")
+    return Linked(int(info.cgroup_id), int(info.prog_id))
+
+
+def attached(target: int, kind: AttachType, *, effective: bool) -> dict[int, str]:
+    """Ids and names of the programs on a cgroup's descriptor; effective: and on those above it."""
+    ids = (c_uint32 * _QUERY_PROGRAMS)()
+    count = c_uint32(len(ids))
+    flags = _QUERY_EFFECTIVE if effective else 0
+    _check(_lib().bpf_prog_query(target, kind, flags, None, ids, byref(count)), "look what is attached")
+    found = {}
+    for number in ids[: count.value]:
+        descriptor = _lib().bpf_prog_get_fd_by_id(number)
+        if descriptor >= 0:  # else it is gone meanwhile
+            with Descriptor(descriptor) as program:
+                found[number] = _info(program, _ProgramInfo).name.decode(errors="replace")
+    return found
 
 
 def read(array: Descriptor, index: int, kind: type[Data]) -> Data:
     """The value at an index of an array map."""
     value = kind()
-    _expect(array, ctypes.sizeof(kind))
+    _expect(array, _MAP_TYPE_ARRAY, ctypes.sizeof(kind))
     _check(_lib().bpf_map_lookup_elem(array.number, byref(c_uint32(index)), byref(value)), "read a map")
     return value
 
@@ -204,14 +249,14 @@ def read(array: Descriptor, index: int, kind: type[Data]) -> Data:
 def read_per_cpu(array: Descriptor, index: int, kind: type[Data]) -> list[Data]:
     """The values at an index of a per-CPU array map, one for each possible CPU."""
     values = (kind * _check(_lib().libbpf_num_possible_cpus(), "count the CPUs"))()
-    _expect(array, ctypes.sizeof(kind))
+    _expect(array, _MAP_TYPE_PERCPU_ARRAY, ctypes.sizeof(kind))
     _check(_lib().bpf_map_lookup_elem(array.number, byref(c_uint32(index)), byref(values)), "read a map")
     return list(values)
 
 
 def write(array: Descriptor, index: int, value: Structure) -> None:
     """Replace the value at an index of an array map."""
-    _expect(array, ctypes.sizeof(value))
+    _expect(array, _MAP_TYPE_ARRAY, ctypes.sizeof(value))
     _check(_lib().bpf_map_update_elem(array.number, byref(c_uint32(index)), byref(value), 0), "write a map")
 
 
@@ -224,13 +269,18 @@ def iterate(program: Descriptor) -> None:
             pass
 
 
-def _expect(array: Descriptor, value_size: int) -> None:
+def _expect(array: Descriptor, kind: int, value_size: int) -> None:
     """The kernel copies as much as the map's values have: a foreign map must not overrun ours."""
-    info = _MapInfo()
-    size = c_uint32(ctypes.sizeof(info))
-    _check(_lib().bpf_obj_get_info_by_fd(array.number, byref(info), byref(size)), "look at a map")
-    if (info.key_size, info.value_size) != (ctypes.sizeof(c_uint32), value_size):
+    info = _info(array, _MapInfo)
+    if (info.type, info.key_size, info.value_size) != (kind, ctypes.sizeof(c_uint32), value_size):
         raise KernelError(f"a map has values of {info.value_size} byte where {value_size} were expected")
+
+
+def _info(descriptor: Descriptor, kind: type[Data]) -> Data:
+    info = kind()
+    size = c_uint32(ctypes.sizeof(info))
+    _check(_lib().bpf_obj_get_info_by_fd(descriptor.number, byref(info), byref(size)), "look at a pin")
+    return info
 
 
 def _check(result: int, action: str) -> int:

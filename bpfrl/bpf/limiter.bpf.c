@@ -22,11 +22,12 @@
  *     to the same fair rate with a clock of its own, by dropping, and only
  *     while the pod as a whole is behind its limit.
  *  3. Both cgroup_skb programs drop everything that arrives while D is above
- *     drop_ns: short packets (a ping, an ACK, a SYN) up to twice of it, so
- *     that they get through where bulk does not.
+ *     drop_ns; short packets (a ping, an ACK, a SYN) have a little more room,
+ *     so that they get through where bulk does not.
  *
- * So whatever the pod does, any interval T passes at most C T + burst +
- * 2 drop_ns C, and one packet.
+ * So whatever the pod's IP sockets do, any interval T passes at most
+ * C T + burst + drop_short_ns C, and a packet for each CPU. Packet sockets
+ * (AF_PACKET) do not pass through cgroup programs at all.
  */
 #include "bpf_helpers.h"
 #include <linux/in.h>
@@ -44,6 +45,14 @@
 
 /* A packet up to this length, byte, is never the bulk of a transfer. */
 #define SHORT_PACKET 128
+
+/* A packet that is longer than this and no GSO packet leaves in fragments: 1500
+ * byte each, in which IPv4 has 1480 and IPv6, with its fragment header, 1448
+ * byte of payload. With a larger MTU this charges up to 3 % too much. */
+#define UNFRAGMENTED 1500
+#define FRAGMENT_IPV4 1480
+#define FRAGMENT_IPV6 1448
+#define FRAGMENT_HEADER_IPV6 8
 
 /* An unpaced socket may be ahead of its share by the longer of this time and
  * the time that these bytes take, so that it can send a pair of packets. */
@@ -65,7 +74,6 @@
  * inflates TSO bursts (tcp_tso_rtt_log); above it is at least CWND_FAR. */
 #define CWND_NEAR_US 4000
 #define CWND_FAR 4096
-#define CWND_CEILING 60000
 #define RTT_CEILING_US 1000000ULL
 #define RTT_SLACK_US 1000
 
@@ -110,34 +118,48 @@ static __always_inline struct packet measure(struct __sk_buff *skb)
 	struct packet packet = { .bytes = skb->len, .segments = 1 };
 	void *data = (void *)(long)skb->data;
 	void *end = (void *)(long)skb->data_end;
-	__u32 network = sizeof(struct ipv6hdr), transport = sizeof(struct udphdr);
+	__u32 network, offset, header, payload;
 	struct iphdr *ip = data;
 
 	if ((void *)(ip + 1) > end)
 		return packet;
 	if (ip->version == 4) {
-		network = ip->ihl * 4;
 		packet.protocol = ip->protocol;
+		network = offset = header = ip->ihl * 4;
+		payload = FRAGMENT_IPV4;
 	} else {
+		__u8 *options = data + sizeof(struct ipv6hdr);
+
 		packet.protocol = ((struct ipv6hdr *)data)->nexthdr;
+		network = offset = sizeof(struct ipv6hdr);
+		header = network + FRAGMENT_HEADER_IPV6;
+		payload = FRAGMENT_IPV6;
+		/* Above 64 KB the length stands in an option, which never leaves the machine. */
+		if (packet.protocol == IPPROTO_HOPOPTS && (void *)(options + 8) <= end) {
+			packet.protocol = options[0];
+			offset += 8;
+		}
 	}
-	if (likely(!skb->gso_size))
-		return packet;
 
-	if (packet.protocol == IPPROTO_TCP) {
-		struct tcphdr *tcp = data + network;
+	if (skb->gso_size) {
+		struct tcphdr *tcp = data + offset;
 
-		transport = sizeof(*tcp);
-		if ((void *)(tcp + 1) <= end)
-			transport = tcp->doff * 4;
+		header = network + sizeof(struct udphdr);
+		if (packet.protocol == IPPROTO_TCP) {
+			header = network + sizeof(*tcp);
+			if ((void *)(tcp + 1) <= end)
+				header = network + tcp->doff * 4;
+		}
+		payload = skb->gso_size;
+		/* Devices that do not trust their peer leave the count to be derived. */
+		packet.segments = skb->gso_segs;
+		if (unlikely(!packet.segments))
+			packet.segments = (packet.bytes - header + payload - 1) / payload;
+	} else if (unlikely(packet.bytes > UNFRAGMENTED && packet.protocol != IPPROTO_TCP)) {
+		packet.segments = (packet.bytes - network + payload - 1) / payload;
 	}
-	packet.segments = skb->gso_segs;
-	/* Devices that do not trust their peer leave the count to be derived. */
-	if (unlikely(!packet.segments))
-		packet.segments = (packet.bytes - network - transport + skb->gso_size - 1) /
-				  skb->gso_size;
 	if (packet.segments > 1)
-		packet.bytes += (packet.segments - 1) * (network + transport);
+		packet.bytes += (packet.segments - 1) * header;
 	return packet;
 }
 
@@ -229,6 +251,11 @@ static __always_inline bool over_share(struct __sk_buff *skb, const struct bpfrl
 	cost = (bytes * ns_per_byte) >> 16;
 
 	tat = READ_ONCE(state->tat);
+	if (unlikely(!tat) && backlog > limit->fresh_ns && bytes > SHORT_PACKET) {
+		/* Ever new sockets are no way around a share: each begins at its end. */
+		WRITE_ONCE(state->tat, now + tolerance);
+		return true;
+	}
 	if ((__s64)(tat - now) < 0) {
 		tat = now;
 	} else if (tat - now > tolerance) {
@@ -243,9 +270,14 @@ static __always_inline bool over_share(struct __sk_buff *skb, const struct bpfrl
 static __always_inline bool over_limit(const struct bpfrl_limit *limit, __s64 backlog,
 				       __u64 bytes)
 {
-	__s64 threshold = limit->drop_ns;
+	return backlog > (bytes > SHORT_PACKET ? limit->drop_ns : limit->drop_short_ns);
+}
 
-	return backlog > (bytes > SHORT_PACKET ? threshold : 2 * threshold);
+/* Atomic: on egress, an interrupt may send on the same CPU in between. */
+static __always_inline void count(__u64 *packets, __u64 *bytes, const struct packet *packet)
+{
+	__sync_fetch_and_add(packets, packet->segments);
+	__sync_fetch_and_add(bytes, packet->bytes);
 }
 
 static __always_inline bool admit(struct __sk_buff *skb, enum bpfrl_direction direction)
@@ -266,14 +298,12 @@ static __always_inline bool admit(struct __sk_buff *skb, enum bpfrl_direction di
 		if (over_limit(limit, backlog, packet.bytes) ||
 		    (direction == BPFRL_EGRESS && packet.protocol != IPPROTO_TCP &&
 		     over_share(skb, limit, backlog, now, packet.bytes))) {
-			counter->dropped_packets += packet.segments;
-			counter->dropped_bytes += packet.bytes;
+			count(&counter->dropped_packets, &counter->dropped_bytes, &packet);
 			return false;
 		}
 		charge(clock, limit, packet.bytes);
 	}
-	counter->passed_packets += packet.segments;
-	counter->passed_bytes += packet.bytes;
+	count(&counter->passed_packets, &counter->passed_bytes, &packet);
 	return true;
 }
 
@@ -336,7 +366,6 @@ static __always_inline void clamp_window(struct bpf_sock_ops *ops, struct bpfrl_
 		return;
 	segments = rate * (2 * rtt_us + RTT_SLACK_US) / (USEC_PER_SEC * mss);
 	segments = max(segments, rtt_us < CWND_NEAR_US ? CWND_FLOOR : CWND_FAR);
-	segments = min(segments, CWND_CEILING);
 	if (socket->cwnd && segments <= socket->cwnd + (socket->cwnd >> 1) &&
 	    segments >= socket->cwnd >> 1)
 		return;
@@ -345,17 +374,18 @@ static __always_inline void clamp_window(struct bpf_sock_ops *ops, struct bpfrl_
 		socket->cwnd = segments;
 }
 
-#define PACING_CALLBACKS (BPF_SOCK_OPS_RTT_CB_FLAG | BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG)
-
-/* The egress limit is gone: give the socket back as it was. */
-static __always_inline void release(struct bpf_sock_ops *ops, struct bpfrl_socket *socket)
+/* There is no egress limit any more: give the socket back what was its own. */
+static __always_inline void release(struct bpf_sock_ops *ops)
 {
+	struct bpf_sock *sk = ops->sk;
+	struct bpfrl_socket *socket = sk ? bpf_sk_storage_get(&sockets, sk, NULL, 0) : NULL;
 	int cwnd = CWND_UNLIMITED;
 
+	if (!socket || !socket->own_pacing)
+		return;
 	bpf_setsockopt(ops, SOL_SOCKET, SO_MAX_PACING_RATE, &socket->own_pacing,
 		       sizeof(socket->own_pacing));
 	bpf_setsockopt(ops, SOL_TCP, TCP_BPF_SNDCWND_CLAMP, &cwnd, sizeof(cwnd));
-	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags & ~PACING_CALLBACKS);
 	socket->own_pacing = 0;
 	socket->cwnd = 0;
 }
@@ -371,9 +401,10 @@ int bpfrl_sockops(struct bpf_sock_ops *ops)
 	case BPF_SOCK_OPS_TCP_CONNECT_CB:
 	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
-		if (!limit->rate_bits)
-			return 1;
-		bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | PACING_CALLBACKS);
+		/* Without a limit too: one may come while the connection lasts. */
+		bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags |
+						       BPF_SOCK_OPS_RTT_CB_FLAG |
+						       BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
 		break;
 	case BPF_SOCK_OPS_HDR_OPT_LEN_CB:
 		/* Asked for the MSS only, or for a packet without data. */
@@ -385,13 +416,13 @@ int bpfrl_sockops(struct bpf_sock_ops *ops)
 	default:
 		return 1;
 	}
+	if (!limit->rate_bits) {
+		release(ops);
+		return 1;
+	}
 	socket = enlist(ops);
 	if (!socket)
 		return 1;
-	if (!limit->rate_bits) {
-		release(ops, socket);
-		return 1;
-	}
 
 	fair = fair_rate(limit, backlog_at(&clocks[BPFRL_EGRESS], limit, bpf_ktime_get_ns()));
 	mean = READ_ONCE(mean_fair);

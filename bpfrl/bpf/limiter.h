@@ -38,10 +38,12 @@ struct bpfrl_limit {
 	__u64 rate_bits;	/* bit/s at layer 3; 0: no limit, count only */
 	__u64 rate;		/* byte/s, for the fair rate */
 	__u64 cost;		/* ns per byte: fraction bits in the low BPFRL_SHIFT_BITS,
-				 * the value above them, so that no change is read by half */
+				 * the value above them: one word, never read by half */
 	__s64 burst_ns;		/* credit that an idle clock keeps */
 	__s64 share_ns;		/* backlog from which unpaced sockets are held to their share */
-	__s64 drop_ns;		/* backlog from which packets are dropped */
+	__s64 fresh_ns;		/* backlog from which an unpaced socket's first packet is dropped */
+	__s64 drop_ns;		/* backlog from which all packets are dropped */
+	__s64 drop_short_ns;	/* the same for short packets */
 	__s64 fair_onset_ns;	/* backlog up to which fair_cap applies */
 	__u64 fair_cap;		/* byte/s */
 	__u64 fair_d0;		/* D0 in ns, shifted by BPFRL_RATIO_SHIFT */

@@ -9,8 +9,8 @@ the first pin goes. What a crash leaves behind therefore never has a limiter's n
 
 from __future__ import annotations
 
+import logging
 import os
-import shutil
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +20,21 @@ from bpfrl import cgroup
 from bpfrl.bpf import generator, law, libbpf, sockets
 from bpfrl.bpf.layout import EGRESS, INGRESS, LAYOUT, Counters, CountersData, IdentityData, LimitsData
 from bpfrl.bpf.libbpf import AttachType, Descriptor, LoadedObject
-from bpfrl.errors import BrokenLimiterError, KernelError
+from bpfrl.errors import BpfrlError, BrokenLimiterError, KernelError
 from bpfrl.limits import Limits, PodRef
+
+log = logging.getLogger(__name__)
 
 STAGED: Final = "~new"
 RETIRED: Final = "~old"
 
-# A program's pin, its function in the object, and where it attaches. Pacing comes first: what
-# enforces should find senders that have been told.
+# A program's pin, its function in the object, and where it attaches. What paces comes last: where a limiter is
+# replaced, its predecessor must have given the sockets back by then.
+_SOCKOPS: Final = "sockops"
 _PROGRAMS: Final = (
-    ("sockops", "bpfrl_sockops", AttachType.CGROUP_SOCK_OPS),
     ("egress", "bpfrl_egress", AttachType.CGROUP_INET_EGRESS),
     ("ingress", "bpfrl_ingress", AttachType.CGROUP_INET_INGRESS),
+    (_SOCKOPS, "bpfrl_sockops", AttachType.CGROUP_SOCK_OPS),
 )
 # A map's pin, and its name in the object. The identity stands apart: it goes with the programs' build.
 _STATE_MAPS: Final = (
@@ -45,6 +48,9 @@ _LINK: Final = "_link"
 _PINS: Final = frozenset(name for program, _, _ in _PROGRAMS for name in (program, program + _LINK)) | frozenset(
     name for name, _ in (*_STATE_MAPS, _IDENTITY)
 )
+# While programs are replaced, a pin's successor stands beside it for a moment.
+_OURS: Final = _PINS | {name + STAGED for name in _PINS}
+_REPEAT: Final = "attach the pod again to replace it, or detach it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +85,11 @@ class Broken:
 class Limiter:
     """A whole limiter, by its folder.
 
+    Attributes:
+        pod: whose it is.
+        build: the digest of its programs, as :attr:`generator.Contents.build`.
+        cgroup_id: where all three programs are attached; 0 when that cgroup is gone.
+
     Raises (the constructor):
         BrokenLimiterError: the folder is none, or one of another layout.
     """
@@ -87,41 +98,39 @@ class Limiter:
         self.folder = folder
         missing = _PINS - set(os.listdir(folder))
         if missing:
-            raise BrokenLimiterError(f"{folder} is no whole limiter: {', '.join(sorted(missing))} missing")
+            raise BrokenLimiterError(f"{min(missing)} is missing: {_REPEAT}")
         try:
-            with self._open(_IDENTITY[0]) as identity:
-                self._identity = libbpf.read(identity, 0, IdentityData)
-            pod = generator.read_identity(self._identity)
+            with self._open(_IDENTITY[0]) as pinned:
+                identity = libbpf.read(pinned, 0, IdentityData)
+            pod = generator.read_identity(identity)
             _ = self.limits
+            cgroups = {name: self._linked_cgroup(name) for name, _, _ in _PROGRAMS}
         except (KernelError, ValueError) as error:
-            raise BrokenLimiterError(f"{folder} was made by another version, or by something else: {error}") from error
-        if self._identity.layout != LAYOUT or pod is None:
-            raise BrokenLimiterError(f"{folder} was made by another version, with layout {self._identity.layout}")
+            raise BrokenLimiterError(f"made by another version, or by something else ({error}): {_REPEAT}") from error
+        if identity.layout != LAYOUT or pod is None:
+            raise BrokenLimiterError(f"made by another version, with layout {identity.layout}: {_REPEAT}")
+        if len(set(cgroups.values())) > 1:
+            loose = ", ".join(name for name, attached in cgroups.items() if attached != max(cgroups.values()))
+            raise BrokenLimiterError(f"{loose} is not attached where the rest is: {_REPEAT}")
         self.pod = pod
+        self.build = bytes(identity.build)
+        self.cgroup_id = max(cgroups.values())
 
     @property
-    def build(self) -> bytes:
-        """The digest of the programs, as :attr:`generator.Contents.build`."""
-        return bytes(self._identity.build)
+    def data(self) -> LimitsData:
+        """The limits in force, as the programs see them."""
+        with self._open("limits") as limits:
+            return libbpf.read(limits, 0, LimitsData)
+
+    @data.setter
+    def data(self, data: LimitsData) -> None:
+        with self._open("limits") as limits:
+            libbpf.write(limits, 0, data)
 
     @property
     def limits(self) -> Limits:
         """The limits in force."""
-        with self._open("limits") as limits:
-            return law.decode(libbpf.read(limits, 0, LimitsData))
-
-    @limits.setter
-    def limits(self, limits: Limits) -> None:
-        with self._open("limits") as current:
-            libbpf.write(current, 0, law.encode(limits))
-
-    def cgroup_id(self) -> int:
-        """The cgroup that all three programs run for; 0 when it is gone."""
-        attached = set()
-        for name, _, _ in _PROGRAMS:
-            with self._open(name + _LINK) as link:
-                attached.add(libbpf.linked_cgroup(link))
-        return attached.pop() if len(attached) == 1 else 0
+        return law.decode(self.data)
 
     def status(self) -> Status:
         """Everything that the pins say."""
@@ -131,12 +140,13 @@ class Limiter:
                 for direction in (EGRESS, INGRESS)
             )
         attached_at = (self.folder / ("egress" + _LINK)).stat().st_mtime
-        return Status(self.pod, self.limits, egress, ingress, self.cgroup_id(), attached_at)
+        return Status(self.pod, self.limits, egress, ingress, self.cgroup_id, attached_at)
 
     def upgrade(self, image: bytes) -> None:
         """Put an object's programs in the place of the present ones, on the same maps.
 
-        Nothing is lost, and the limit holds throughout.
+        Nothing is lost, and the limit holds throughout. Cut off on the way, some programs are the new ones: they are
+        of the same layout, and the next attach finishes the work.
         """
         with ExitStack() as stack:
             kept = {symbol: stack.enter_context(self._open(name)) for name, symbol in _STATE_MAPS}
@@ -145,24 +155,22 @@ class Limiter:
                 libbpf.replace(stack.enter_context(self._open(name + _LINK)), new.program(function))
             pins = [(name, new.program(function)) for name, function, _ in _PROGRAMS]
             for name, descriptor in [*pins, (_IDENTITY[0], new.map(_IDENTITY[1]))]:
-                (self.folder / name).unlink()
-                descriptor.pin(self.folder / name)
+                successor = self.folder / (name + STAGED)
+                if os.path.lexists(successor):
+                    successor.unlink()
+                descriptor.pin(successor)
+                successor.rename(self.folder / name)
+        log.info("replaced the programs of %s", self.folder)
 
     def remove(self) -> None:
-        """Lift the limit, give the sockets back what was theirs, and leave nothing behind.
-
-        The limit goes first: from then on no socket is paced anew. Cut off before the rename, this
-        leaves a whole limiter without limits, for which this can be called again.
-        """
-        self.limits = Limits()
-        cgroup_id = self.cgroup_id()
-        path = cgroup.path_of(cgroup_id) if cgroup_id else None
-        if path:
-            with self._open("sockets") as storage:
-                sockets.release(storage, cgroup.network_namespaces(path))
+        """Lift the limit, give the sockets back what was theirs, and leave nothing behind."""
         retired = self.folder.with_name(self.folder.name + RETIRED)
         self.folder.rename(retired)
         discard(retired)
+
+    def _linked_cgroup(self, program: str) -> int:
+        with self._open(program + _LINK) as link:
+            return libbpf.linked(link).cgroup_id
 
     def _open(self, name: str) -> Descriptor:
         return libbpf.open_pinned(self.folder / name)
@@ -172,52 +180,113 @@ def install(image: bytes, path: Path, folder: Path) -> None:
     """Attach a limiter's object to a cgroup and pin it as a folder, in the place of what is there.
 
     Raises:
-        KernelError: the kernel refused some step; everything is as it was.
+        KernelError: the kernel refused some step; the limit is as it was.
         PermissionDeniedError: likewise, for want of privileges.
     """
     staged = folder.with_name(folder.name + STAGED)
     retired = folder.with_name(folder.name + RETIRED)
-    target = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    with ExitStack() as undo, LoadedObject(image) as loaded:
-        undo.callback(os.close, target)
-        with ExitStack() as undo_staging:
+    with ExitStack() as stack:
+        target = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        stack.callback(os.close, target)
+        loaded = stack.enter_context(LoadedObject(image))
+        log.info("loaded the programs for %s", path)
+        with ExitStack() as undo:
             staged.mkdir(mode=0o700)
-            undo_staging.callback(discard, staged)
+            undo.callback(discard, staged)
             for name, symbol in (*_STATE_MAPS, _IDENTITY):
                 loaded.map(symbol).pin(staged / name)
             for name, function, kind in _PROGRAMS:
+                if name == _SOCKOPS and folder.exists():
+                    _stop_pacing(folder)
                 program = loaded.program(function)
                 program.pin(staged / name)
                 with libbpf.attach(program, target, kind) as link:
                     link.pin(staged / (name + _LINK))
             if folder.exists():
                 folder.rename(retired)
-                undo_staging.callback(retired.rename, folder)
+                undo.callback(retired.rename, folder)
             staged.rename(folder)
-            undo_staging.pop_all()
+            undo.pop_all()
+        log.info("attached and pinned in %s", folder)
     if retired.exists():
         discard(retired)
 
 
 def discard(folder: Path) -> None:
-    """Remove what is left of a limiter: first whatever is attached, then the folder."""
+    """Remove what is left of a limiter: its pacing, then whatever else is attached, then the folder.
+
+    Raises:
+        BrokenLimiterError: the folder holds what bpfrl has not made; that, and the folder, stay.
+    """
+    _stop_pacing(folder)
     for name, _, _ in _PROGRAMS:
-        pin = folder / (name + _LINK)
-        if os.path.lexists(pin):
-            # Unlinking alone would let go of the cgroup some time later.
-            with suppress(KernelError), libbpf.open_pinned(pin) as link:
-                libbpf.detach(link)
-            pin.unlink()
-    shutil.rmtree(folder)
+        # Unlinking the pin alone would let go of the cgroup some time later.
+        with suppress(KernelError), libbpf.open_pinned(folder / (name + _LINK)) as link:
+            libbpf.detach(link)
+    for name in sorted(_OURS.intersection(os.listdir(folder))):
+        (folder / name).unlink()
+    try:
+        folder.rmdir()
+    except OSError as error:
+        raise BrokenLimiterError(f"{folder} holds what bpfrl has not made: look at it, and remove it") from error
+    log.info("removed %s", folder)
+
+
+def others(path: Path, folder: Path) -> bool:
+    """True when another limiter than a folder's is on a cgroup, or on one above or below it."""
+    own = set()
+    with suppress(KernelError), libbpf.open_pinned(folder / (_SOCKOPS + _LINK)) as link:
+        own.add(libbpf.linked(link).program_id)
+    found = _sockops_on(path, effective=True)
+    for below, _, _ in os.walk(path):
+        with suppress(FileNotFoundError):  # containers come and go
+            found |= _sockops_on(Path(below), effective=False)
+    return bool(found - own)
 
 
 def is_ours(folder: Path) -> bool:
     """False for a folder that something else has put under a pod's name."""
-    entries = set(os.listdir(folder))
-    return not entries or bool(entries & _PINS)
+    return _OURS.issuperset(os.listdir(folder))
 
 
 def leftovers(folder: Path) -> list[Path]:
     """What attaching or detaching this limiter has left behind when it was cut off."""
-    candidates = (folder.with_name(folder.name + mark) for mark in (STAGED, RETIRED))
-    return [path for path in candidates if path.is_dir()]
+    return [path for mark in (STAGED, RETIRED) if is_folder(path := folder.with_name(folder.name + mark))]
+
+
+def is_folder(path: Path) -> bool:
+    """True for a folder, False where nothing is.
+
+    Raises:
+        BrokenLimiterError: there is something else; links are not followed.
+    """
+    if not os.path.lexists(path):
+        return False
+    if path.is_symlink() or not path.is_dir():
+        raise BrokenLimiterError(f"{path} is no folder, and not made by bpfrl: remove it")
+    return True
+
+
+def _stop_pacing(folder: Path) -> None:
+    """Detach what paces, and give the sockets back what was theirs; the limit is still enforced."""
+    attached_to = 0
+    for name, _, _ in _PROGRAMS:
+        with suppress(KernelError), libbpf.open_pinned(folder / (name + _LINK)) as link:
+            attached_to = attached_to or libbpf.linked(link).cgroup_id
+            if name == _SOCKOPS:
+                libbpf.detach(link)
+    path = cgroup.path_of(attached_to) if attached_to else None
+    if path is None:
+        return
+    try:
+        with libbpf.open_pinned(folder / "sockets") as storage:
+            sockets.release(storage, path)
+    except BpfrlError as error:
+        log.warning("connections keep the pacing rate they had: %s", error)
+
+
+def _sockops_on(path: Path, *, effective: bool) -> set[int]:
+    target = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with Descriptor(target):
+        programs = libbpf.attached(target, AttachType.CGROUP_SOCK_OPS, effective=effective)
+    return {number for number, name in programs.items() if name == "bpfrl_sockops"}

@@ -49,6 +49,8 @@ int bpfrl_release(struct bpf_iter__tcp *context)
 	bpf_setsockopt(tcp, SOL_SOCKET, SO_MAX_PACING_RATE, &state->own_pacing,
 		       sizeof(state->own_pacing));
 	bpf_setsockopt(tcp, SOL_TCP, TCP_BPF_SNDCWND_CLAMP, &cwnd, sizeof(cwnd));
+	state->own_pacing = 0;
+	state->cwnd = 0;
 	return 0;
 }
 

@@ -7,47 +7,53 @@ network namespace, so it is run once for each namespace that the pod's processes
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Final
 
-from bpfrl import libc
+from bpfrl import cgroup, libc
 from bpfrl.bpf import generator, libbpf
 from bpfrl.bpf.libbpf import Descriptor, LoadedObject
-from bpfrl.errors import BpfrlError
+from bpfrl.errors import CompilerError, KernelError
 
 log = logging.getLogger(__name__)
 
+_SOURCE: Final = "sockets.bpf.c"
 
-def release(storage: Descriptor, namespaces: Iterable[Path]) -> None:
+
+def prepare() -> None:
+    """Compile what :func:`release` will need, while whoever attaches can still do something about it."""
+    try:
+        generator.compile_object(_SOURCE)
+    except CompilerError as error:
+        log.warning("when this limit is lifted, idle connections will keep their pacing rate: %s", error)
+
+
+def release(storage: Descriptor, path: Path) -> None:
     """Give back its pacing rate and window to every TCP socket that has an entry in a limiter's storage.
-
-    A kernel without TCP iterators (before 5.16) leaves that to the limiter's own callbacks, which have done so for
-    each socket that was active meanwhile; it is logged, and no error.
 
     Args:
         storage: the limiter's socket storage map.
-        namespaces: paths of network namespaces, as :func:`bpfrl.cgroup.network_namespaces` finds them.
+        path: the limiter's cgroup, in whose processes' network namespaces the sockets are looked for.
+
+    Raises:
+        CompilerError: the program is not in the cache, and clang cannot make it.
+        KernelError: the kernel has no such iterators (before 5.16), or refused.
     """
-    try:
-        image = generator.compile_object("sockets.bpf.c")
-        with LoadedObject(image, reuse={"sockets": storage}) as loaded:
-            program = loaded.program("bpfrl_release")
-            for namespace in namespaces:
-                # setns(2) moves a thread: one of its own, so that nothing else is moved.
-                with ThreadPoolExecutor(max_workers=1) as thread:
-                    thread.submit(_iterate_in, namespace, program).result()
-    except BpfrlError as error:
-        log.warning("idle sockets keep the pacing rate they had: %s", error)
+    with ExitStack() as stack:
+        loaded = stack.enter_context(LoadedObject(generator.compile_object(_SOURCE), reuse={"sockets": storage}))
+        program = loaded.program("bpfrl_release")
+        for number in cgroup.open_network_namespaces(path):
+            namespace = stack.enter_context(Descriptor(number))
+            # setns(2) moves a thread: one of its own, so that nothing else is moved.
+            with ThreadPoolExecutor(max_workers=1) as thread:
+                thread.submit(_iterate_in, namespace, program).result()
 
 
-def _iterate_in(namespace: Path, program: Descriptor) -> None:
+def _iterate_in(namespace: Descriptor, program: Descriptor) -> None:
     try:
-        number = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
+        libc.setns(namespace.number, libc.CLONE_NEWNET)
+        libbpf.iterate(program)
     except OSError as error:
-        log.info("%s is gone: %s", namespace, error.strerror)
-        return
-    with Descriptor(number):
-        libc.setns(number, libc.CLONE_NEWNET)
-    libbpf.iterate(program)
+        raise KernelError(f"cannot visit a network namespace's sockets: {error.strerror}") from error

@@ -11,6 +11,7 @@ import fcntl
 import logging
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -18,16 +19,25 @@ from pathlib import Path
 from typing import Final
 
 from bpfrl import cgroup, libc
-from bpfrl.bpf import generator, limiter
+from bpfrl.bpf import generator, limiter, sockets
 from bpfrl.bpf.limiter import Broken, Limiter, Status
-from bpfrl.cgroup import CgroupTree
-from bpfrl.errors import BpfrlError, BrokenLimiterError, InvalidValueError, KernelError, PermissionDeniedError
+from bpfrl.errors import (
+    AlreadyLimitedError,
+    BpfrlError,
+    BrokenLimiterError,
+    InvalidValueError,
+    KernelError,
+    PermissionDeniedError,
+)
 from bpfrl.limits import PodRef
 from bpfrl.mounts import mounts
 
 log = logging.getLogger(__name__)
 
 DEFAULT_BPFFS: Final = Path("/sys/fs/bpf")
+# Changes hold the lock for milliseconds each; who waits as long as this waits for something that hangs.
+_LOCK_SECONDS: Final = 30.0
+_LOCK_POLL_SECONDS: Final = 0.005
 _MARK: Final = re.compile(rf"(?:{limiter.STAGED}|{limiter.RETIRED})$")
 
 
@@ -46,12 +56,10 @@ class Agent:
 
     Args:
         bpffs: where they are pinned; mounted by the first change if nothing is mounted there.
-        tree: where pods' cgroups are looked for.
     """
 
-    def __init__(self, bpffs: Path = DEFAULT_BPFFS, tree: CgroupTree | None = None) -> None:
+    def __init__(self, bpffs: Path = DEFAULT_BPFFS) -> None:
         self.bpffs = bpffs
-        self.tree = tree or CgroupTree()
 
     def attach(self, image: bytes, pod: PodRef, path: Path) -> Change:
         """Hold a pod to the limits of an object, from now on.
@@ -66,60 +74,96 @@ class Agent:
 
         Raises:
             InvalidObjectError: the object is no limiter.
+            AlreadyLimitedError: a limiter under another name is on this cgroup, or on one above or below it.
             BrokenLimiterError: something else has put a folder where the limiter goes.
-            KernelError: the kernel refused; everything is as it was.
+            KernelError: the kernel refused; the limit is as it was.
         """
         contents = generator.inspect(image)
+        sockets.prepare()
         self._mount()
         with self._lock(fcntl.LOCK_EX):
-            folder = self._clean(pod)
+            folder = self._clean(pod.uid)
             current = _open(folder)
-            if current is None or current.cgroup_id() != cgroup.id_of(path):
-                limiter.install(generator.relabel(image, pod), path, folder)
+            if limiter.others(path, folder):
+                raise AlreadyLimitedError(
+                    f"{path}, or a cgroup above or below it, has a limiter under another name:"
+                    " bpfrl list -o wide shows it; detach it first"
+                )
+            if current is None or current.cgroup_id != cgroup.id_of(path):
+                limiter.install(generator.relabel(image, contents, pod), path, folder)
                 return Change.ATTACHED
             if current.build != contents.build or (pod.name and current.pod != pod):
-                current.upgrade(generator.relabel(image, pod if pod.name else current.pod))
-            elif current.limits == contents.limits:
+                current.upgrade(generator.relabel(image, contents, pod if pod.name else current.pod))
+            elif bytes(current.data) == bytes(contents.data):
                 return Change.UNCHANGED
-            current.limits = contents.limits
+            current.data = contents.data
             return Change.UPDATED
 
     def detach(self, uid: str) -> Change:
         """Take a pod's limiter off, whole or broken; :attr:`Change.ABSENT` if it has none.
 
         Raises:
-            BrokenLimiterError: the folder there was not made by bpfrl.
+            BrokenLimiterError: what is there was not made by bpfrl.
             KernelError: the kernel refused.
         """
-        if not self._is_mounted():
+        if not self.is_mounted():
             return Change.ABSENT
         with self._lock(fcntl.LOCK_EX):
-            pod = PodRef(uid)
-            left = bool(limiter.leftovers(self.bpffs / uid))
-            folder = self._clean(pod)
-            if not folder.exists():
-                return Change.DETACHED if left else Change.ABSENT
-            current = _open(folder)
-            if current is None:
-                limiter.discard(folder)
-            else:
-                current.remove()
-            return Change.DETACHED
+            return self._detach(uid)
+
+    def detach_cgroup(self, path: Path) -> tuple[str, Change]:
+        """Take the limiter off a cgroup, whatever its name, and return that too."""
+        wanted = cgroup.id_of(path)
+        for found in self.limiters():
+            if isinstance(found, Status) and found.cgroup_id == wanted:
+                return found.pod.uid, self.detach(found.pod.uid)
+        own = PodRef.of_cgroup(wanted).uid
+        return own, self.detach(own)
 
     def limiters(self) -> list[Status | Broken]:
         """Every limiter of this node, and every folder that should be one, by UID."""
-        if not self._is_mounted():
+        if not self.is_mounted():
             return []
         with self._lock(fcntl.LOCK_SH):
             return [self._look(uid) for uid in self._uids()]
 
     def sweep(self) -> list[str]:
         """Remove the limiters whose cgroup is gone, and return their UIDs."""
-        gone = [status.pod.uid for status in self.limiters() if isinstance(status, Status) and not status.cgroup_id]
-        return [uid for uid in gone if self.detach(uid) is Change.DETACHED]
+        if not self.is_mounted():
+            return []
+        with self._lock(fcntl.LOCK_EX):
+            found = [self._look(uid) for uid in self._uids()]
+            gone = [each.pod.uid for each in found if isinstance(each, Status) and not each.cgroup_id]
+            return [uid for uid in gone if self._detach(uid) is Change.DETACHED]
+
+    def is_mounted(self) -> bool:
+        """True where the bpffs is; without it there is no limiter.
+
+        Raises:
+            PermissionDeniedError: that cannot be seen.
+        """
+        try:
+            device = os.stat(self.bpffs).st_dev
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except PermissionError as error:
+            raise PermissionDeniedError(f"cannot look into {self.bpffs}: this needs root") from error
+        return f"{os.major(device)}:{os.minor(device)}" in {mount.device for mount in mounts("bpf")}
+
+    def _detach(self, uid: str) -> Change:
+        left = bool(limiter.leftovers(self.bpffs / uid))
+        folder = self._clean(uid)
+        if not limiter.is_folder(folder):
+            return Change.DETACHED if left else Change.ABSENT
+        current = _open(folder)
+        if current is None:
+            limiter.discard(folder)
+        else:
+            current.remove()
+        return Change.DETACHED
 
     def _uids(self) -> list[str]:
-        """The pods that have a folder here; what has another kind of name is not ours."""
+        """The pods that have a folder here; what has another kind of name, or is none, is not ours."""
         found = set()
         for entry in os.scandir(self.bpffs):
             uid = _MARK.sub("", entry.name)
@@ -136,15 +180,17 @@ class Agent:
         try:
             if limiter.leftovers(folder):
                 return Broken(uid, "attach or detach was cut off: repeat it")
+            if not limiter.is_ours(folder):
+                return Broken(uid, "not made by bpfrl: look at it, and remove it")
             return Limiter(folder).status()
+        except (PermissionDeniedError, PermissionError):
+            raise
         except (BpfrlError, OSError) as error:
-            if isinstance(error, PermissionDeniedError):
-                raise
             return Broken(uid, str(error))
 
-    def _clean(self, pod: PodRef) -> Path:
+    def _clean(self, uid: str) -> Path:
         """The pod's folder, with nothing beside it that an earlier call left behind."""
-        folder = self.bpffs / pod.uid
+        folder = self.bpffs / uid
         for left in limiter.leftovers(folder):
             log.warning("removing %s, left behind by a call that was cut off", left)
             limiter.discard(left)
@@ -152,45 +198,60 @@ class Agent:
 
     @contextmanager
     def _lock(self, kind: int) -> Iterator[None]:
+        """Hold the bpffs against others; what needs more privileges in there says so in one way."""
         try:
             number = os.open(self.bpffs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except PermissionError as error:
-            raise PermissionDeniedError(f"cannot open {self.bpffs}: this needs root") from error
+        except OSError as error:
+            raise _refused(f"open {self.bpffs}", error) from error
         try:
-            fcntl.flock(number, kind)
+            deadline = time.monotonic() + _LOCK_SECONDS
+            while not _locked(number, kind):
+                if time.monotonic() > deadline:
+                    raise KernelError(f"another process holds {self.bpffs}: fuser -v {self.bpffs} tells which")
+                time.sleep(_LOCK_POLL_SECONDS)
             yield
+        except PermissionError as error:
+            raise _refused(f"change or read {self.bpffs}", error) from error
         finally:
             os.close(number)
 
-    def _is_mounted(self) -> bool:
-        try:
-            device = os.stat(self.bpffs).st_dev
-        except FileNotFoundError:
-            return False
-        except PermissionError as error:
-            raise PermissionDeniedError(f"cannot look into {self.bpffs}: this needs root") from error
-        return f"{os.major(device)}:{os.minor(device)}" in {mount.device for mount in mounts("bpf")}
-
     def _mount(self) -> None:
-        if self._is_mounted():
+        if self.is_mounted():
             return
-        try:
-            libc.mount("bpf", self.bpffs, libc.MOUNT_NO_TRICKS, "mode=0700")
-        except PermissionError as error:
-            raise PermissionDeniedError(f"cannot mount a bpffs on {self.bpffs}: this needs root") from error
-        except OSError as error:
-            raise KernelError(f"cannot mount a bpffs on {self.bpffs}: {error.strerror}") from error
-        log.info("mounted a bpffs on %s", self.bpffs)
+        with self._lock(fcntl.LOCK_EX):  # of the bare folder: two mounts would hide each other
+            if self.is_mounted():
+                return
+            if os.listdir(self.bpffs):
+                raise KernelError(f"{self.bpffs} is no BPF file system, and not empty: name another with --bpffs")
+            try:
+                libc.mount("bpf", self.bpffs, libc.MOUNT_NO_TRICKS, "mode=0700")
+            except OSError as error:
+                raise _refused(f"mount a BPF file system on {self.bpffs}", error) from error
+        log.info("mounted a BPF file system on %s", self.bpffs)
+
+
+def _locked(number: int, kind: int) -> bool:
+    try:
+        fcntl.flock(number, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _refused(action: str, error: OSError) -> KernelError | PermissionDeniedError:
+    if isinstance(error, PermissionError):
+        return PermissionDeniedError(f"cannot {action}: this needs root")
+    return KernelError(f"cannot {action}: {error.strerror}")
 
 
 def _open(folder: Path) -> Limiter | None:
     """The limiter in a folder, or None where there is none or only what is left of one."""
-    if not folder.exists():
+    if not limiter.is_folder(folder):
         return None
     if not limiter.is_ours(folder):
-        raise BrokenLimiterError(f"{folder} was not made by bpfrl: remove it, or find out what made it")
+        raise BrokenLimiterError(f"{folder} holds what was not made by bpfrl: look at it, and remove it")
     try:
         return Limiter(folder)
     except BrokenLimiterError as error:
-        log.warning("%s; it is replaced", error)
+        log.info("%s is broken: %s", folder, error)
         return None

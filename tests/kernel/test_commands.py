@@ -121,11 +121,11 @@ def test_a_cgroup_that_is_no_pod(bed: Lab) -> None:
     path = str(bed.pod_cgroup / "container")
     done = bed.bpfrl("attach", "--cgroup", path, "--rate", "1mbit")
     name = f"cgroup-{cgroup.id_of(Path(path))}"
-    assert done.stdout.startswith(f"pod/{name} limited")
+    assert done.stdout.startswith(f"{name} limited")
     assert only(bed)["cgroup"] == path
-    assert bed.bpfrl("detach", "--cgroup", path).stdout == f"pod/{name} detached\n"
+    assert bed.bpfrl("detach", "--cgroup", path).stdout == f"{name} detached\n"
     bed.bpfrl("attach", "--cgroup", path, "--rate", "1mbit")
-    assert bed.bpfrl("detach", "--pod-uid", name).stdout == f"pod/{name} detached\n"
+    assert bed.bpfrl("detach", "--pod-uid", name).stdout == f"{name} detached\n"
 
 
 def test_wait_for_a_pod_whose_cgroup_comes_later(bed: Lab) -> None:
@@ -196,7 +196,7 @@ def test_unified_layout_and_a_bpffs_that_is_not_mounted(bed: Lab, tmp_path: Path
     assert lines[4:] == [f"pod/{bed.pod_uid} detached"]
 
 
-def test_hybrid_layout_is_discovered(bed: Lab, tmp_path: Path) -> None:
+def test_hybrid_layout_is_discovered(bed: Lab) -> None:
     """In a mount namespace where version 1 has /sys/fs/cgroup and version 2 stands beside it."""
     bpfrl = str(Path(sys.executable).with_name("bpfrl"))
     script = f"""
@@ -211,7 +211,6 @@ def test_hybrid_layout_is_discovered(bed: Lab, tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     relative = bed.pod_cgroup.relative_to(cgroup.mount_point())
     assert done.stdout.rstrip().endswith(f" at /sys/fs/cgroup/unified/{relative}")
-    assert tmp_path.exists()
 
 
 def test_other_programs_on_the_cgroup_are_left_alone(bed: Lab, tmp_path: Path) -> None:
@@ -260,8 +259,8 @@ def test_list_shows_what_is_broken_and_passes_over_what_is_foreign(bed: Lab, tmp
     found = {item["uid"]: item for item in items(bed)}
     assert set(found) == {whole, empty, partial}
     assert "error" not in found[whole]
-    assert "no whole limiter" in found[empty]["error"]
-    assert "no whole limiter" in found[partial]["error"]
+    assert "counters is missing: attach the pod again" in found[empty]["error"]
+    assert "counters is missing: attach the pod again" in found[partial]["error"]
     table = bed.bpfrl("list").stdout
     assert table.count("broken:") == 2
     assert "cilium" not in table
@@ -284,6 +283,92 @@ def test_a_foreign_folder_under_a_pods_name_is_refused_and_kept(bed: Lab, tmp_pa
         assert done.stderr.count("\n") == 1
     assert os.listdir(folder) == ["theirs"]
     assert attached(bed) == []
+
+
+def test_foreign_pins_beside_ours_are_kept(bed: Lab, tmp_path: Path) -> None:
+    bed.bpfrl("attach", "--pod-uid", bed.pod_uid, "--rate", "1mbit")
+    theirs = bed.bpffs / bed.pod_uid / "theirs"
+    _other_program(bed, tmp_path).rename(theirs)
+    for command in (("attach", "--rate", "2mbit"), ("detach",)):
+        done = bed.bpfrl(*command, "--pod-uid", bed.pod_uid, check=False)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert "was not made by bpfrl" in done.stderr
+    assert theirs.exists()
+    theirs.unlink()
+    bed.bpfrl("detach", "--pod-uid", bed.pod_uid)
+    assert attached(bed) == []
+
+
+@pytest.mark.parametrize("mark", ["", "~new", "~old"])
+def test_links_under_a_pods_name_are_not_followed(bed: Lab, tmp_path: Path, mark: str) -> None:
+    (tmp_path / "state").touch()
+    link = bed.bpffs / (bed.pod_uid + mark)
+    link.symlink_to(tmp_path)
+    for command in (("attach", "--rate", "1mbit"), ("detach",)):
+        done = bed.bpfrl(*command, "--pod-uid", bed.pod_uid, check=False)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert f"{link} is no folder" in done.stderr
+    bed.bpfrl("list")
+    assert attached(bed) == []
+    assert link.is_symlink()
+    assert (tmp_path / "state").exists()
+
+
+def test_a_limiter_that_lost_a_program_is_shown_as_broken(bed: Lab) -> None:
+    bed.bpfrl("attach", "--pod-uid", bed.pod_uid, "--rate", "1mbit")
+    subprocess.run(["bpftool", "link", "detach", "pinned", bed.bpffs / bed.pod_uid / "egress_link"], check=True)
+    assert "egress is not attached" in only(bed)["error"]
+    assert " limited: " in bed.bpfrl("attach", "--pod-uid", bed.pod_uid, "--rate", "1mbit").stdout
+    assert set(kinds(bed)) == LIMITER
+    assert len(kinds(bed)) == 3
+
+
+def test_one_cgroup_never_has_two_limiters(bed: Lab) -> None:
+    """Not under another name, and not above or below each other: they would pace the same sockets."""
+    container = bed.pod_cgroup / "container"
+    bed.bpfrl("attach", "--pod-uid", bed.pod_uid, "--rate", "1mbit")
+    for path in (bed.pod_cgroup, container, bed.pod_cgroup.parent):
+        done = bed.bpfrl("attach", "--cgroup", str(path), "--rate", "2mbit", check=False)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert "has a limiter under another name" in done.stderr
+    assert [item["uid"] for item in items(bed)] == [bed.pod_uid]
+    assert len(attached(bed)) == 3
+    assert bed.bpfrl("detach", "--cgroup", str(bed.pod_cgroup)).stdout == f"pod/{bed.pod_uid} detached\n"
+    assert attached(bed) == []
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o1777])
+def test_without_root(bed: Lab, tmp_path: Path, mode: int) -> None:
+    """What needs root says so in a line, and what does not works."""
+    bed.bpfrl("attach", "--pod-uid", bed.pod_uid, "--rate", "1mbit")
+    bed.bpffs.chmod(mode)
+    (tmp_path / "cache").mkdir()
+    tmp_path.chmod(0o777)
+    (tmp_path / "cache").chmod(0o777)
+    for folder in tmp_path.parents[:2]:
+        folder.chmod(0o755)
+    environment = os.environ | {
+        "BPFRL_BPFFS": str(bed.bpffs),
+        "BPFRL_CGROUP_ROOT": str(bed.cgroup_root),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+    }
+
+    def nobody(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [str(Path(sys.executable).with_name("bpfrl")), *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, user=65534)
+
+    for arguments in (
+        ("list",),
+        ("detach", "--pod-uid", bed.pod_uid),
+        ("attach", "--pod-uid", bed.pod_uid, "--rate", "2mbit"),
+    ):
+        done = nobody(*arguments)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+        assert "needs root" in done.stderr
+    assert nobody("generate", "--rate", "1mbit", "-o", str(tmp_path / "pod.o")).returncode == 0
+    assert nobody("attach", "--pod-uid", bed.pod_uid, "--rate", "2mbit", "--dry-run").returncode == 0
+    assert len(attached(bed)) == 3
+    assert only(bed)["egress"]["limit_bits_per_second"] == 1_000_000
 
 
 def test_a_damaged_object_is_refused_and_the_present_limit_stays(bed: Lab, tmp_path: Path) -> None:
@@ -328,7 +413,8 @@ def test_a_pod_whose_cgroup_was_made_anew_is_limited_again(bed: Lab) -> None:
     folder.mkdir(parents=True)
     bed.bpfrl("attach", "--pod-uid", uid, "--rate", "1mbit")
     folder.rmdir()
-    assert _until(lambda: only(bed)["cgroup_id"] == 0)
+    assert _until(lambda: only(bed)["cgroup_id"] is None)
+    assert f"gone: {uid}: " in bed.bpfrl("list").stdout
     folder.mkdir()
     done = bed.bpfrl("attach", "--pod-uid", uid, "--rate", "1mbit")
     assert " limited: " in done.stdout
@@ -372,7 +458,7 @@ def test_watch_shows_the_current_rates(bed: Lab) -> None:
     ping.terminate()
     assert watch.returncode == 130
     assert not errors.strip()
-    assert drawn[0].split()[11:14] == ["PACKETS", "SENDING", "RECEIVING"]
-    sending = drawn[5].split()[12]
+    assert drawn[0].split() == ["UID", "POD", "EGRESS", "SENDING", "INGRESS", "RECEIVING", "DROPPING"]
+    sending = drawn[5].split()[3]
     assert sending.endswith("kbit")
     assert 100 < float(sending.removesuffix("kbit")) < 2000

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -164,7 +165,7 @@ def test_short_packets_from_ever_new_sockets_are_bounded_too(bed: Lab) -> None:
     limit(bed, "--egress", "100kbit")
     report = flood(bed, 60, 3, fresh=True)
     rate = Rate(100_000)
-    depth = 2 * max(law.EGRESS_DROP_LONGEST_NS, law.time_of(law.DROP_LEAST_BYTES, rate)) * rate.bits // 8 // 10**9
+    depth = law.egress(rate, None).drop_short_ns * rate.bits // 8 // 10**9
     egress = only(bed)["egress"]
     assert isinstance(report["sent"], int)
     assert report["sent"] * 88 > 5 * depth, "the flood was too slow to show anything"
@@ -258,9 +259,8 @@ def test_a_running_flow_follows_each_change_of_its_limit_and_detach_lets_it_go(b
     assert "Gbits/sec" in received[0], "after detach the flow went on at its old pace"
 
 
-@pytest.mark.parametrize("own", [0, 12_345_678])
-def test_detach_gives_idle_sockets_back_their_own_pacing(bed: Lab, own: int) -> None:
-    limit(bed, "--egress", "1mbit")
+def hold_connection(bed: Lab, own: int = 0) -> Callable[[], int]:
+    """Open a connection from the pod and return what asks for its pacing rate, byte/s."""
     bed.start(bed.in_peer("/usr/bin/python3", "-c", SINK, "7000"))
     wait_for_listener(bed.peer_namespace, 7000)
     holder = subprocess.Popen(
@@ -270,8 +270,6 @@ def test_detach_gives_idle_sockets_back_their_own_pacing(bed: Lab, own: int) -> 
         text=True,
     )
     bed.adopt(holder)
-    assert holder.stdin is not None
-    assert holder.stdout is not None
 
     def pacing() -> int:
         assert holder.stdin is not None
@@ -279,9 +277,74 @@ def test_detach_gives_idle_sockets_back_their_own_pacing(bed: Lab, own: int) -> 
         print(file=holder.stdin, flush=True)
         return int(holder.stdout.readline())
 
+    return pacing
+
+
+@pytest.mark.parametrize("own", [0, 12_345_678])
+def test_detach_gives_idle_sockets_back_their_own_pacing(bed: Lab, own: int) -> None:
+    limit(bed, "--egress", "1mbit")
+    pacing = hold_connection(bed, own)
     assert 0 < pacing() < 2_000_000 / 8
     bed.bpfrl("detach", "--pod-uid", bed.pod_uid)
     assert pacing() == (own or 0xFFFFFFFF)
+
+
+@pytest.mark.parametrize("way_out", ["detach", "attach"])
+def test_a_broken_limiter_too_gives_its_sockets_back(bed: Lab, way_out: str) -> None:
+    limit(bed, "--egress", "1mbit")
+    pacing = hold_connection(bed)
+    assert 0 < pacing() < 2_000_000 / 8
+    (bed.bpffs / bed.pod_uid / "identity").unlink()
+    if way_out == "attach":
+        limit(bed, "--egress", "900mbit")
+    bed.bpfrl("detach", "--pod-uid", bed.pod_uid)
+    assert pacing() == 0xFFFFFFFF
+
+
+def test_a_connection_from_before_the_egress_limit_is_paced_by_it(bed: Lab) -> None:
+    """The pod has a limiter, so its connections are known: only the limit is new."""
+    limit(bed, "--ingress", "1gbit")
+    run = bed.transfer("-t", "5")
+    run.begin()
+    time.sleep(1)
+    limit(bed, "--egress", "20mbit")
+    time.sleep(0.5)
+    before, start = only(bed)["egress"], time.monotonic()
+    time.sleep(2)
+    after, seconds = only(bed)["egress"], time.monotonic() - start
+    run.finish()
+    assert 0.85 < (after["passed_bytes"] - before["passed_bytes"]) * 8 / seconds / 20e6 < 1.05
+    assert after["dropped_packets"] - before["dropped_packets"] < 100
+
+
+@pytest.mark.parametrize("address", [PEER_ADDRESS, PEER_ADDRESS_6], ids=["ipv4", "ipv6"])
+def test_datagrams_that_leave_in_fragments_are_charged_as_such(bed: Lab, address: str) -> None:
+    limit(bed, "--egress", "1gbit")
+    assert bed.ping(2, address=address), "the neighbour has to be known, or fragments are lost"
+    before, counted = _sent_frames(bed), only(bed)["egress"]
+    sender = f"import socket; s = socket.socket(socket.AF_INET{'6' if ':' in address else ''}, socket.SOCK_DGRAM)\n"
+    sender += f"for _ in range(50): s.sendto(bytes(8000), ('{address}', 9))"
+    subprocess.run(bed.in_pod("/usr/bin/python3", "-c", sender), check=True)
+    frames, size = (after - then for after, then in zip(_sent_frames(bed), before, strict=True))
+    egress = only(bed)["egress"]
+    assert egress["passed_packets"] - counted["passed_packets"] == pytest.approx(frames, abs=10)
+    assert egress["passed_bytes"] - counted["passed_bytes"] == pytest.approx(size - 14 * frames, rel=0.005)
+
+
+def _sent_frames(bed: Lab) -> tuple[int, int]:
+    """What the pod's device has sent: frames, and byte with the 14 of Ethernet's header each."""
+    command = ["ip", "-n", bed.pod_namespace, "-s", "-j", "link", "show", "eth0"]
+    [link] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    return link["stats64"]["tx"]["packets"], link["stats64"]["tx"]["bytes"]
+
+
+def test_large_packets_from_ever_new_sockets_have_no_more_room_than_a_burst(bed: Lab) -> None:
+    limit(bed, "--egress", "10mbit")
+    flood(bed, 1400, 1, fresh=True)
+    egress = only(bed)["egress"]
+    assert egress["dropped_packets"] > 1000
+    # 100 ms of backlog and 16 KiB of credit beyond the second itself, which Python measures from its own beginning.
+    assert egress["passed_bytes"] < 10e6 / 8 * 1.15 + law.BURST_BYTES
 
 
 def test_sockets_of_other_cgroups_in_the_namespace_are_left_alone(bed: Lab) -> None:
