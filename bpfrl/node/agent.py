@@ -103,9 +103,11 @@ class Agent:
         """Take a pod's limiter off, whole or broken; :attr:`Change.ABSENT` if it has none.
 
         Raises:
+            InvalidValueError: this is no UID.
             BrokenLimiterError: what is there was not made by bpfrl.
             KernelError: the kernel refused.
         """
+        uid = PodRef(uid).uid
         if not self.is_mounted():
             return Change.ABSENT
         with self._lock(fcntl.LOCK_EX):

@@ -1,0 +1,440 @@
+"""What the agent decides, with limiters and a bpffs that are only played: tests/kernel has the real ones."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from bpfrl import cgroup
+from bpfrl.bpf import generator, law, libbpf, limiter
+from bpfrl.bpf.layout import Counters, LimitsData
+from bpfrl.bpf.limiter import Broken, Status
+from bpfrl.errors import (
+    AlreadyLimitedError,
+    BrokenLimiterError,
+    InvalidObjectError,
+    InvalidValueError,
+    KernelError,
+    PermissionDeniedError,
+)
+from bpfrl.limits import Limits, PodRef
+from bpfrl.mounts import Mount
+from bpfrl.node import agent as module
+from bpfrl.node.agent import Agent, Change
+from bpfrl.units import Rate
+from tests.unit.conftest import make
+
+UID = "8c4a6c1e-0f6b-4c0e-9d0b-0a5f5a3a7f10"
+OTHER_UID = "0123456789abcdef0123456789abcdef"
+POD = PodRef(UID, "shop", "cart-0")
+SLOW, FAST = Limits(Rate(10**6)), Limits(Rate(10**9), Rate(10**9), 65_536)
+
+
+@pytest.fixture
+def bpffs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that the agent takes for a mounted bpffs."""
+    device = tmp_path.stat().st_dev
+    mounted = Mount(tmp_path, "/", f"{os.major(device)}:{os.minor(device)}", "bpf")
+    monkeypatch.setattr(module, "mounts", lambda kind: [mounted] if kind == "bpf" else [])
+    return make(tmp_path / "bpf")
+
+
+@pytest.fixture
+def here(bpffs: Path, monkeypatch: pytest.MonkeyPatch) -> Agent:
+    """An agent on that bpffs, in which every pin is an empty file: none can be opened."""
+
+    def refuse(path: Path) -> libbpf.Descriptor:
+        raise KernelError(f"cannot open {path}: played")
+
+    monkeypatch.setattr(libbpf, "open_pinned", refuse)
+    monkeypatch.setattr(limiter, "others", lambda *_: False)
+    return Agent(bpffs)
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path) -> Agent:
+    """An agent whose bpffs is not mounted yet."""
+    return Agent(make(tmp_path / "plain"))
+
+
+class Pinned:
+    """A limiter as the agent sees it, which records what is done to it."""
+
+    def __init__(self, path: Path, limits: Limits = SLOW, pod: PodRef = POD, build: bytes | None = None) -> None:
+        self.pod = pod
+        self.build = build or generator.inspect(generator.generate(None, SLOW)).build
+        self.cgroup_id = cgroup.id_of(path)
+        self._data = law.encode(limits)
+        self.done: list[object] = []
+
+    @property
+    def data(self) -> LimitsData:
+        return self._data
+
+    @data.setter
+    def data(self, data: LimitsData) -> None:
+        self._data = data
+        self.done.append(law.decode(data))
+
+    def upgrade(self, image: bytes) -> None:
+        self.done.append(generator.inspect(image).pod)
+
+
+Installed = list[tuple[generator.Contents, Path, Path]]
+Plays = Callable[[Pinned | None], Installed]
+
+
+@pytest.fixture
+def plays(monkeypatch: pytest.MonkeyPatch) -> Plays:
+    """Puts a limiter in the pod's folder, or none, and returns the list of what will be installed."""
+
+    def play(pinned: Pinned | None) -> Installed:
+        installed: Installed = []
+        monkeypatch.setattr(module, "_open", lambda _: pinned)
+        monkeypatch.setattr(
+            limiter, "install", lambda image, path, folder: installed.append((generator.inspect(image), path, folder))
+        )
+        return installed
+
+    return play
+
+
+# Attach: what is installed, and what is changed in place.
+
+
+def test_a_pod_without_a_limiter_gets_one_that_carries_its_name(here: Agent, tmp_path: Path, plays: Plays) -> None:
+    installed = plays(None)
+    assert here.attach(generator.generate(None, SLOW), POD, tmp_path) is Change.ATTACHED
+    [(contents, path, folder)] = installed
+    assert (contents.pod, contents.limits) == (POD, SLOW)
+    assert (path, folder) == (tmp_path, here.bpffs / UID)
+
+
+def test_a_pod_that_was_made_again_gets_a_new_limiter(here: Agent, tmp_path: Path, plays: Plays) -> None:
+    installed = plays(Pinned(make(tmp_path / "the cgroup before")))
+    assert here.attach(generator.generate(None, SLOW), POD, make(tmp_path / "now")) is Change.ATTACHED
+    assert [path for _, path, _ in installed] == [tmp_path / "now"]
+
+
+@pytest.mark.parametrize(
+    ("present", "asked", "pod", "change", "done"),
+    [
+        (SLOW, SLOW, POD, Change.UNCHANGED, []),
+        (SLOW, SLOW, PodRef(UID), Change.UNCHANGED, []),
+        (SLOW, FAST, POD, Change.UPDATED, [FAST]),
+        (FAST, SLOW, PodRef(UID), Change.UPDATED, [SLOW]),
+        (FAST, Limits(FAST.egress, FAST.ingress), POD, Change.UPDATED, [Limits(FAST.egress, FAST.ingress)]),
+        (SLOW, SLOW, PodRef(UID, "shop", "renamed"), Change.UPDATED, [PodRef(UID, "shop", "renamed"), SLOW]),
+    ],
+)
+def test_a_limiter_that_is_there_is_changed_in_place_and_only_as_far_as_needed(
+    here: Agent, tmp_path: Path, plays: Plays, present: Limits, asked: Limits, pod: PodRef, change: Change, done: object
+) -> None:
+    pinned = Pinned(tmp_path, present)
+    installed = plays(pinned)
+    assert here.attach(generator.generate(None, asked), pod, tmp_path) is change
+    assert pinned.done == done
+    assert installed == []
+
+
+@pytest.mark.parametrize(
+    ("pod", "labelled"),
+    [(POD, POD), (PodRef(UID), PodRef(UID, "known", "before")), (PodRef(UID, "a", "b"), PodRef(UID, "a", "b"))],
+)
+def test_programs_of_another_build_are_replaced_and_the_pods_name_is_kept(
+    here: Agent, tmp_path: Path, plays: Plays, pod: PodRef, labelled: PodRef
+) -> None:
+    pinned = Pinned(tmp_path, SLOW, PodRef(UID, "known", "before"), build=bytes(32))
+    installed = plays(pinned)
+    assert here.attach(generator.generate(None, FAST), pod, tmp_path) is Change.UPDATED
+    assert pinned.done == [labelled, FAST]
+    assert installed == []
+
+
+def test_what_is_no_object_is_refused_before_anything_is_touched(here: Agent, tmp_path: Path, plays: Plays) -> None:
+    make(here.bpffs / f"{UID}{limiter.STAGED}")
+    installed = plays(None)
+    with pytest.raises(InvalidObjectError):
+        here.attach(b"no object", POD, tmp_path)
+    assert installed == []
+    assert [path.name for path in here.bpffs.iterdir()] == [f"{UID}{limiter.STAGED}"]
+
+
+def test_attaching_clears_away_what_a_cut_off_call_has_left(here: Agent, tmp_path: Path, plays: Plays) -> None:
+    for mark in (limiter.STAGED, limiter.RETIRED):
+        make(here.bpffs / f"{UID}{mark}").joinpath("egress").touch()
+    bystander = make(here.bpffs / f"{OTHER_UID}{limiter.STAGED}")
+    plays(None)
+    here.attach(generator.generate(None, SLOW), POD, tmp_path)
+    assert list(here.bpffs.iterdir()) == [bystander]
+
+
+def test_limits_of_a_law_that_was_refined_are_an_update(here: Agent, tmp_path: Path, plays: Plays) -> None:
+    pinned = Pinned(tmp_path, SLOW)
+    pinned.data.direction[0].drop_ns += 1
+    plays(pinned)
+    assert here.attach(generator.generate(None, SLOW), POD, tmp_path) is Change.UPDATED
+    assert bytes(pinned.data) == bytes(law.encode(SLOW))
+
+
+def test_a_cgroup_with_a_limiter_under_another_name_gets_no_second_one(
+    here: Agent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plays: Plays
+) -> None:
+    asked: list[tuple[Path, Path]] = []
+
+    def others(path: Path, folder: Path) -> bool:
+        asked.append((path, folder))
+        return True
+
+    installed = plays(None)
+    monkeypatch.setattr(limiter, "others", others)
+    with pytest.raises(AlreadyLimitedError, match=f"{tmp_path}.*detach it first"):
+        here.attach(generator.generate(None, SLOW), POD, tmp_path)
+    assert asked == [(tmp_path, here.bpffs / UID)]
+    assert installed == []
+
+
+STRANGERS: dict[str, Callable[[Path], object]] = {
+    "a folder of theirs": lambda path: make(path / "theirs"),
+    "a folder with ours and theirs": lambda path: make(path / "theirs").with_name("egress").touch(),
+    "a file": lambda path: path.touch(),
+    "a link": lambda path: path.symlink_to(make(path.with_name("elsewhere"))),
+    "a link to nowhere": lambda path: path.symlink_to("nowhere"),
+}
+
+
+@pytest.mark.parametrize("stranger", STRANGERS.values(), ids=STRANGERS)
+@pytest.mark.parametrize("mark", ["", limiter.STAGED, limiter.RETIRED])
+def test_what_something_else_made_is_left_alone(
+    here: Agent, tmp_path: Path, mark: str, stranger: Callable[[Path], object]
+) -> None:
+    stranger(here.bpffs / f"{UID}{mark}")
+    theirs = {path for path in here.bpffs.rglob("*") if path.name != "egress"}
+    with pytest.raises(BrokenLimiterError, match="not made"):
+        here.attach(generator.generate(None, SLOW), POD, tmp_path)
+    with pytest.raises(BrokenLimiterError, match="not made"):
+        here.detach(UID)
+    assert theirs <= set(here.bpffs.rglob("*"))
+
+
+def test_a_bpffs_that_is_not_there_is_an_error_in_one_line(tmp_path: Path) -> None:
+    absent = tmp_path / "absent" / "bpf"
+    with pytest.raises(KernelError, match=f"^cannot open {absent}: No such file or directory$"):
+        Agent(absent).attach(generator.generate(None, SLOW), POD, tmp_path)
+
+
+def test_nothing_is_hidden_by_mounting_over_it(nowhere: Agent, tmp_path: Path) -> None:
+    nowhere.bpffs.joinpath("file").touch()
+    with pytest.raises(KernelError, match=f"{nowhere.bpffs} is no BPF file system, and not empty: .* --bpffs"):
+        nowhere.attach(generator.generate(None, SLOW), POD, tmp_path)
+
+
+# Detach.
+
+
+def test_detaching_a_pod_that_has_no_limiter_is_no_error(here: Agent, nowhere: Agent, tmp_path: Path) -> None:
+    assert here.detach(UID) is Change.ABSENT
+    assert nowhere.detach(UID) is Change.ABSENT
+    tmp_path.joinpath("file").touch()
+    for bpffs in ("absent", "file/below"):
+        assert Agent(tmp_path / bpffs).detach(UID) is Change.ABSENT
+
+
+@pytest.mark.parametrize("mark", ["", limiter.STAGED, limiter.RETIRED])
+@pytest.mark.parametrize("pins", [(), ("egress",), ("limits", "state", "sockops", "identity")])
+def test_detaching_removes_what_is_left_of_a_limiter(here: Agent, mark: str, pins: tuple[str, ...]) -> None:
+    folder = make(here.bpffs / f"{UID}{mark}")
+    for pin in pins:
+        folder.joinpath(pin).touch()
+    neighbour = make(here.bpffs / OTHER_UID)
+    assert here.detach(UID) is Change.DETACHED
+    assert list(here.bpffs.iterdir()) == [neighbour]
+    assert here.detach(UID) is Change.ABSENT
+
+
+@pytest.mark.parametrize("uid", ["..", ".", "", "../bpf", "x", f"{UID}{limiter.STAGED}"])
+def test_what_is_no_uid_reaches_no_folder(here: Agent, uid: str) -> None:
+    make(here.bpffs / f"{UID}{limiter.STAGED}")
+    make(here.bpffs / "x")
+    with pytest.raises(InvalidValueError, match="is no pod UID"):
+        here.detach(uid)
+    assert len(list(here.bpffs.iterdir())) == 2
+
+
+def test_a_cgroups_limiter_is_detached_whatever_its_name(
+    here: Agent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = cgroup.id_of(tmp_path)
+    found: list[Status | Broken] = [Broken("f" * 32, "cut off"), status("cgroup-7", 7), status(UID, number)]
+    detached: list[str] = []
+    monkeypatch.setattr(here, "limiters", lambda: found)
+
+    def detach(uid: str) -> Change:
+        detached.append(uid)
+        return Change.DETACHED
+
+    monkeypatch.setattr(here, "detach", detach)
+    assert here.detach_cgroup(tmp_path) == (UID, Change.DETACHED)
+    del found[-1]
+    assert here.detach_cgroup(tmp_path)[0] == f"cgroup-{number}"
+    assert detached == [UID, f"cgroup-{number}"]
+
+
+# List and sweep.
+
+
+def status(uid: str, cgroup_id: int) -> Status:
+    return Status(PodRef(uid), SLOW, Counters(), Counters(), cgroup_id, 0.0)
+
+
+def test_where_nothing_is_mounted_nothing_is_limited(nowhere: Agent, tmp_path: Path) -> None:
+    make(nowhere.bpffs / UID)
+    assert nowhere.limiters() == []
+    assert Agent(tmp_path / "absent").limiters() == []
+
+
+def test_only_folders_with_a_uid_for_a_name_are_listed_once_each_and_in_order(here: Agent) -> None:
+    for name in (UID, f"{UID}{limiter.STAGED}", f"{UID}{limiter.RETIRED}", f"{OTHER_UID}{limiter.RETIRED}", "cgroup-7"):
+        make(here.bpffs / name)
+    for name in ("tc", "ip", "cilium", UID.upper(), f"{UID}~older", f"x{UID}", f"pod{UID}", "cgroup-0"):
+        make(here.bpffs / name)
+    here.bpffs.joinpath("f" * 32).touch()
+    here.bpffs.joinpath("e" * 32).symlink_to(here.bpffs / UID)
+    assert [found.uid for found in here.limiters() if isinstance(found, Broken)] == [OTHER_UID, UID, "cgroup-7"]
+
+
+@pytest.mark.parametrize(
+    ("name", "pins", "reason"),
+    [
+        (UID, (), "counters is missing: attach the pod again to replace it, or detach it"),
+        (UID, ("counters", "egress", "egress_link", "limits"), "identity is missing: attach the pod again"),
+        (UID, ("their_map",), "not made by bpfrl: look at it, and remove it"),
+        (UID, ("egress", "their_map"), "not made by bpfrl"),
+        (f"{UID}{limiter.STAGED}", ("egress",), "attach or detach was cut off: repeat it"),
+        (f"{UID}{limiter.RETIRED}", (), "attach or detach was cut off: repeat it"),
+    ],
+)
+def test_what_is_no_whole_limiter_is_listed_with_what_is_wrong(
+    here: Agent, name: str, pins: tuple[str, ...], reason: str
+) -> None:
+    folder = make(here.bpffs / name)
+    for pin in pins:
+        folder.joinpath(pin).touch()
+    [found] = here.limiters()
+    assert isinstance(found, Broken)
+    assert found.uid == UID
+    assert reason in found.reason
+
+
+@pytest.mark.parametrize("error", [PermissionDeniedError("this needs root"), PermissionError(13, "Permission denied")])
+def test_want_of_privileges_is_no_broken_limiter(
+    here: Agent, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refuse(_: Path) -> None:
+        raise error
+
+    make(here.bpffs / UID)
+    monkeypatch.setattr(module, "Limiter", refuse)
+    with pytest.raises(PermissionDeniedError, match="this needs root"):
+        here.limiters()
+
+
+@pytest.mark.parametrize("error", [OSError(2, "No such file"), KernelError("cannot read"), BrokenLimiterError("other")])
+def test_a_limiter_that_goes_while_it_is_looked_at_spoils_no_list(
+    here: Agent, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(_: Path) -> None:
+        raise error
+
+    make(here.bpffs / UID)
+    monkeypatch.setattr(module, "Limiter", fail)
+    assert here.limiters() == [Broken(UID, str(error))]
+
+
+def test_sweeping_detaches_those_whose_cgroup_is_gone_and_no_other(
+    here: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {UID: status(UID, 0), "cgroup-7": status("cgroup-7", 7), OTHER_UID: Broken(OTHER_UID, "cut off")}
+    for uid in found:
+        make(here.bpffs / uid)
+    monkeypatch.setattr(here, "_look", found.__getitem__)
+    assert here.sweep() == [UID]
+    assert sorted(path.name for path in here.bpffs.iterdir()) == [OTHER_UID, "cgroup-7"]
+
+
+def test_sweeping_where_nothing_is_mounted_finds_nothing(nowhere: Agent) -> None:
+    make(nowhere.bpffs / UID)
+    assert nowhere.sweep() == []
+
+
+# Locks: lookers do not disturb each other, and nobody looks at a change half done.
+
+
+@contextmanager
+def locked(folder: Path, kind: int) -> Iterator[None]:
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(number, kind)
+        yield
+    finally:
+        os.close(number)
+
+
+def test_those_who_look_do_not_wait_for_each_other(here: Agent) -> None:
+    with locked(here.bpffs, fcntl.LOCK_SH):
+        assert here.limiters() == []
+
+
+@pytest.mark.parametrize("other", [fcntl.LOCK_SH, fcntl.LOCK_EX])
+def test_a_change_waits_for_everyone_else(here: Agent, other: int) -> None:
+    waits_for(here, other, lambda: here.detach(UID))
+
+
+def test_a_look_waits_for_a_change(here: Agent) -> None:
+    waits_for(here, fcntl.LOCK_EX, here.limiters)
+
+
+def waits_for(here: Agent, other: int, call: Callable[[], object]) -> None:
+    ended = threading.Event()
+
+    def run() -> None:
+        call()
+        ended.set()
+
+    thread = threading.Thread(target=run)
+    with locked(here.bpffs, other):
+        thread.start()
+        assert not ended.wait(0.1)
+    assert ended.wait(30)
+    thread.join()
+
+
+@pytest.mark.parametrize("name", ["limiters", "sweep"])
+def test_waiting_for_what_hangs_ends(here: Agent, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(module, "_LOCK_SECONDS", 0.05)
+    with locked(here.bpffs, fcntl.LOCK_EX), pytest.raises(KernelError, match=f"another process holds {here.bpffs}"):
+        getattr(here, name)()
+
+
+def test_an_error_lets_go_of_the_lock(here: Agent, tmp_path: Path) -> None:
+    make(here.bpffs / UID).joinpath("their_map").touch()
+    with pytest.raises(BrokenLimiterError):
+        here.attach(generator.generate(None, SLOW), POD, tmp_path)
+    with locked(here.bpffs, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        pass
+
+
+def test_the_limiters_of_a_bpffs_that_one_may_not_enter_need_root(here: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+    for call in (here.limiters, here.sweep, lambda: here.detach(UID)):
+        with pytest.raises(PermissionDeniedError, match=f"^cannot open {here.bpffs}: this needs root$"):
+            call()

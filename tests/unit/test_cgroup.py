@@ -1,0 +1,296 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from bpfrl import cgroup
+from bpfrl.cgroup import CgroupTree
+from bpfrl.errors import AmbiguousCgroupError, CgroupNotFoundError, InvalidValueError
+from bpfrl.mounts import mounts
+from tests.unit.conftest import make
+
+UID = "8c4a6c1e-0f6b-4c0e-9d0b-0a5f5a3a7f10"
+OTHER_UID = "8c4a6c1e-0f6b-4c0e-9d0b-0a5f5a3a7f11"
+STATIC_UID = "0123456789abcdef0123456789abcdef"
+SLICE = UID.replace("-", "_")
+
+KIND = "kubelet.slice/kubelet-kubepods.slice"
+DOCKER = f"system.slice/docker-{'ab' * 32}.scope"
+
+# Every layout that the module's documentation names: the pod's folder, and its UID where that is not UID.
+LAYOUTS = {
+    "systemd guaranteed": f"kubepods.slice/kubepods-pod{SLICE}.slice",
+    "systemd burstable": f"kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{SLICE}.slice",
+    "systemd besteffort": f"kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod{SLICE}.slice",
+    "kind guaranteed": f"{KIND}/kubelet-kubepods-pod{SLICE}.slice",
+    "kind burstable": f"{KIND}/kubelet-kubepods-burstable.slice/kubelet-kubepods-burstable-pod{SLICE}.slice",
+    "kind besteffort": f"{KIND}/kubelet-kubepods-besteffort.slice/kubelet-kubepods-besteffort-pod{SLICE}.slice",
+    "kind in docker": f"{DOCKER}/{KIND}/kubelet-kubepods-pod{SLICE}.slice",
+    "systemd in docker": f"{DOCKER}/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{SLICE}.slice",
+    "cgroupfs guaranteed": f"kubepods/pod{UID}",
+    "cgroupfs burstable": f"kubepods/burstable/pod{UID}",
+    "cgroupfs besteffort": f"kubepods/besteffort/pod{UID}",
+    "cgroupfs nested": f"kubelet/kubepods/pod{UID}",
+    "cgroupfs nested besteffort": f"kubelet/kubepods/besteffort/pod{UID}",
+    "cgroupfs in docker": f"{DOCKER}/kubelet/kubepods/burstable/pod{UID}",
+    "cgroupfs in another slice": f"foo.slice/kubepods/besteffort/pod{UID}",
+}
+STATIC_LAYOUTS = {
+    "systemd": f"kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{STATIC_UID}.slice",
+    "kind": f"{KIND}/kubelet-kubepods-pod{STATIC_UID}.slice",
+    "cgroupfs": f"kubepods/burstable/pod{STATIC_UID}",
+}
+# Folders that look like the pod's, and are none that a kubelet makes.
+STRANGERS = {
+    "not under a parent": f"kubepods-pod{SLICE}.slice",
+    "a slice of another service": f"user.slice/user-pod{SLICE}.slice",
+    "dashes under systemd": f"kubepods.slice/kubepods-pod{UID}.slice",
+    "underlines under cgroupfs": f"kubepods/pod{SLICE}",
+    "another class's prefix": f"kubepods.slice/kubepods-burstable.slice/kubepods-pod{SLICE}.slice",
+    "no such class": f"kubepods/guaranteed/pod{UID}",
+    "a class outside kubepods": f"burstable/pod{UID}",
+    "a class's slice outside kubepods": f"besteffort.slice/besteffort-pod{SLICE}.slice",
+    "no such class's slice": f"kubepods.slice/kubepods-extra.slice/kubepods-extra-pod{SLICE}.slice",
+    "a slice below a class": f"kubepods.slice/kubepods-burstable-extra.slice/kubepods-burstable-extra-pod{SLICE}.slice",
+    "a name that ends in kubepods": f"mykubepods/pod{UID}",
+    "a scope": f"kubepods.slice/kubepods-pod{SLICE}.scope",
+    "another pod": f"kubepods/pod{OTHER_UID}",
+}
+
+
+def tree(root: Path, *folders: str) -> CgroupTree:
+    for folder in folders:
+        make(root / folder)
+    return CgroupTree(root)
+
+
+@pytest.mark.parametrize("folder", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_pod_is_found_in_every_layout_of_the_kubelet(tmp_path: Path, folder: str) -> None:
+    assert tree(tmp_path, folder).find(UID) == tmp_path / folder
+
+
+@pytest.mark.parametrize("folder", STATIC_LAYOUTS.values(), ids=STATIC_LAYOUTS)
+def test_a_static_pod_is_found_by_the_hash_of_its_manifest(tmp_path: Path, folder: str) -> None:
+    assert tree(tmp_path, folder).find(STATIC_UID) == tmp_path / folder
+
+
+@pytest.mark.parametrize("folder", LAYOUTS.values(), ids=LAYOUTS)
+def test_the_root_may_itself_be_the_folder_that_holds_pods(tmp_path: Path, folder: str) -> None:
+    pod = make(tmp_path / folder)
+    assert CgroupTree(pod.parent).find(UID) == pod
+
+
+@pytest.mark.parametrize("folder", STRANGERS.values(), ids=STRANGERS)
+def test_what_no_kubelet_makes_is_not_taken_for_the_pod(tmp_path: Path, folder: str) -> None:
+    with pytest.raises(CgroupNotFoundError, match=f"no cgroup for pod {UID} under {tmp_path}.*--wait"):
+        tree(tmp_path, folder).find(UID)
+
+
+def test_a_file_is_no_cgroup(tmp_path: Path) -> None:
+    make(tmp_path / "kubepods").joinpath(f"pod{UID}").touch()
+    with pytest.raises(CgroupNotFoundError, match="no cgroup"):
+        CgroupTree(tmp_path).find(UID)
+
+
+def test_one_pod_is_told_from_its_neighbours(tmp_path: Path) -> None:
+    here = tree(tmp_path, LAYOUTS["systemd burstable"], f"kubepods/pod{OTHER_UID}", f"kubepods/pod{STATIC_UID}")
+    assert here.find(UID) == tmp_path / LAYOUTS["systemd burstable"]
+    assert here.find(OTHER_UID) == tmp_path / f"kubepods/pod{OTHER_UID}"
+    assert here.find(STATIC_UID) == tmp_path / f"kubepods/pod{STATIC_UID}"
+
+
+def test_two_candidates_are_an_error_that_names_both_and_not_waited_for(tmp_path: Path) -> None:
+    folders = (LAYOUTS["systemd guaranteed"], LAYOUTS["kind in docker"])
+    here = tree(tmp_path, *folders)
+    for look in (here.find, partial(here.wait, seconds=60)):
+        with pytest.raises(AmbiguousCgroupError, match=r"several cgroups.*--cgroup") as caught:
+            look(UID)
+        for folder in folders:
+            assert str(tmp_path / folder) in str(caught.value)
+
+
+def test_a_class_that_gets_its_first_pod_later_is_still_found(tmp_path: Path) -> None:
+    here = tree(tmp_path, LAYOUTS["systemd guaranteed"].replace(SLICE, OTHER_UID.replace("-", "_")))
+    here.find(OTHER_UID)
+    make(tmp_path / LAYOUTS["systemd besteffort"])
+    assert here.find(UID) == tmp_path / LAYOUTS["systemd besteffort"]
+
+
+def test_a_class_that_goes_and_comes_back_is_still_found(tmp_path: Path) -> None:
+    here = tree(tmp_path, LAYOUTS["cgroupfs burstable"])
+    pod = here.find(UID)
+    pod.rmdir()
+    pod.parent.rmdir()
+    with pytest.raises(CgroupNotFoundError):
+        here.find(UID)
+    make(pod)
+    assert here.find(UID) == pod
+
+
+def test_a_pod_that_changes_its_class_is_found_where_it_is_now(tmp_path: Path) -> None:
+    here = tree(tmp_path, LAYOUTS["cgroupfs burstable"])
+    here.find(UID).rmdir()
+    make(tmp_path / LAYOUTS["cgroupfs guaranteed"])
+    assert here.find(UID) == tmp_path / LAYOUTS["cgroupfs guaranteed"]
+
+
+@pytest.mark.parametrize("pod", [LAYOUTS["systemd burstable"], LAYOUTS["cgroupfs guaranteed"]])
+def test_what_a_pod_makes_below_itself_is_not_searched(tmp_path: Path, pod: str) -> None:
+    inner = f"{pod}/cri-containerd-1.scope/kubepods/pod{OTHER_UID}"
+    here = tree(tmp_path, inner)
+    assert here.find(UID) == tmp_path / pod
+    with pytest.raises(CgroupNotFoundError, match="no cgroup"):
+        here.find(OTHER_UID)
+
+
+def test_a_pod_cannot_pass_for_another_by_what_it_makes_below_itself(tmp_path: Path) -> None:
+    victim, pretender = LAYOUTS["kind burstable"], f"{LAYOUTS['kind guaranteed']}/x/kubepods/pod{OTHER_UID}"
+    here = tree(tmp_path, victim.replace(SLICE, OTHER_UID.replace("-", "_")), pretender)
+    assert here.find(OTHER_UID) == tmp_path / victim.replace(SLICE, OTHER_UID.replace("-", "_"))
+
+
+def test_later_looks_for_known_parents_walk_no_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tree(tmp_path, LAYOUTS["systemd burstable"])
+    here.find(UID)
+    monkeypatch.setattr(os, "walk", None)
+    make(tmp_path / LAYOUTS["systemd burstable"].replace(SLICE, OTHER_UID.replace("-", "_")))
+    assert here.find(UID).name.endswith(f"pod{SLICE}.slice")
+    assert OTHER_UID.replace("-", "_") in here.find(OTHER_UID).name
+
+
+def test_waiting_ends_when_the_kubelet_makes_the_cgroup(tmp_path: Path) -> None:
+    here = CgroupTree(tmp_path)
+    pod = tmp_path / LAYOUTS["systemd burstable"]
+    kubelet = threading.Timer(0.1, make, [pod])
+    kubelet.start()
+    try:
+        assert here.wait(UID, 30) == pod
+    finally:
+        kubelet.join()
+
+
+def test_a_pod_that_is_there_is_not_waited_for(tmp_path: Path) -> None:
+    here = tree(tmp_path, LAYOUTS["cgroupfs guaranteed"])
+    started = time.monotonic()
+    assert here.wait(UID, 60).is_dir()
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.1, float("nan"), -1.0])
+def test_waiting_ends_without_the_pod_when_the_time_is_over(tmp_path: Path, seconds: float) -> None:
+    started = time.monotonic()
+    with pytest.raises(CgroupNotFoundError, match="no cgroup"):
+        CgroupTree(tmp_path).wait(UID, seconds)
+    assert not time.monotonic() - started < seconds
+
+
+# Tables as the kernel writes them, and where pods are to be looked for.
+UNIFIED = "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate"
+HYBRID = """31 23 0:28 / /sys/fs/cgroup ro,nosuid shared:9 - tmpfs tmpfs ro,mode=755
+32 31 0:29 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu
+33 31 0:37 / /sys/fs/cgroup/systemd rw,relatime - cgroup cgroup rw,name=systemd
+41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw"""
+BIND = "50 30 0:26 /kubepods.slice /k rw - cgroup2 cgroup2 rw"
+MOUNT_POINTS = {
+    "unified": (UNIFIED, "/sys/fs/cgroup"),
+    "hybrid": (HYBRID, "/sys/fs/cgroup/unified"),
+    "a bind mount of a part, before": (f"{BIND}\n{UNIFIED}", "/sys/fs/cgroup"),
+    "a bind mount of a part, after": (f"{UNIFIED}\n{BIND}", "/sys/fs/cgroup"),
+    "only a part": (BIND, "/k"),
+    "twice": (f"60 1 0:26 / /var/lib/x/cgroup rw - cgroup2 c rw\n{UNIFIED}", "/sys/fs/cgroup"),
+    "escaped": (r"30 23 0:26 / /my\040groups/all\134of\011them rw - cgroup2 cgroup2 rw", "/my groups/all\\of\tthem"),
+}
+
+Tables = Callable[[str], None]
+
+
+@pytest.fixture
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tables:
+    """Lets the cgroup module read a table of mounts that a test has written."""
+
+    def use(text: str) -> None:
+        path = tmp_path / "mountinfo"
+        path.write_text(f"{text}\n")
+        monkeypatch.setattr(cgroup, "mounts", partial(mounts, table=path))
+
+    return use
+
+
+@pytest.mark.parametrize(("text", "path"), MOUNT_POINTS.values(), ids=MOUNT_POINTS)
+def test_cgroup_v2_is_found_wherever_it_is_mounted(tables: Tables, text: str, path: str) -> None:
+    tables(text)
+    assert cgroup.mount_point() == Path(path)
+    assert CgroupTree().root == Path(path)
+
+
+def test_without_cgroup_v2_the_error_says_how_to_mount_it(tables: Tables) -> None:
+    tables("32 31 0:29 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu")
+    with pytest.raises(CgroupNotFoundError, match="mount -t cgroup2"):
+        CgroupTree()
+
+
+def on_device_of(path: Path) -> str:
+    device = path.stat().st_dev
+    return f"30 23 {os.major(device)}:{os.minor(device)} / {path} rw - cgroup2 cgroup2 rw"
+
+
+def test_a_folder_on_cgroup_v2_passes_the_check(tmp_path: Path, tables: Tables) -> None:
+    tables(on_device_of(tmp_path))
+    assert cgroup.check(make(tmp_path / "a" / "b")) == tmp_path / "a" / "b"
+
+
+def test_a_folder_on_another_file_system_is_refused_with_where_to_look(tmp_path: Path, tables: Tables) -> None:
+    tables(UNIFIED.replace("0:26", "0:4000000"))
+    with pytest.raises(InvalidValueError, match=rf"'{tmp_path}' is no cgroup v2 folder: take one below /sys/fs/cgroup"):
+        cgroup.check(tmp_path)
+
+
+def test_a_file_in_a_cgroup_is_refused(tmp_path: Path, tables: Tables) -> None:
+    tables(on_device_of(tmp_path))
+    procs = tmp_path / "cgroup.procs"
+    procs.touch()
+    with pytest.raises(InvalidValueError, match="is no cgroup v2 folder"):
+        cgroup.check(procs)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("absent", "No such file"), ("file/below", "Not a directory"), ("x" * 300, "name too long")]
+)
+def test_a_path_that_leads_nowhere_is_refused_with_the_reason(tmp_path: Path, name: str, reason: str) -> None:
+    tmp_path.joinpath("file").touch()
+    with pytest.raises(InvalidValueError, match=f"is no cgroup: .*{reason}"):
+        cgroup.check(tmp_path / name)
+
+
+def test_the_kernel_knows_a_cgroup_by_its_inode(tmp_path: Path) -> None:
+    assert cgroup.id_of(tmp_path) == tmp_path.stat().st_ino
+
+
+def test_each_network_namespace_of_a_cgroups_processes_is_opened_once(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for folder, pids in {"": [], "a": [os.getpid()], "a/b": [ended.pid, os.getpid()], "c": [os.getpid()]}.items():
+        path = tmp_path / folder
+        path.mkdir(exist_ok=True)
+        path.joinpath("cgroup.procs").write_text("".join(f"{pid}\n" for pid in pids))
+    make(tmp_path / "without procs")
+    before = set(os.listdir("/proc/self/fd"))
+    [found] = cgroup.open_network_namespaces(tmp_path)
+    try:
+        assert os.fstat(found).st_ino == Path("/proc/self/ns/net").stat().st_ino
+    finally:
+        os.close(found)
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_cgroup_without_processes_or_gone_has_no_namespaces(tmp_path: Path) -> None:
+    tmp_path.joinpath("cgroup.procs").touch()
+    assert cgroup.open_network_namespaces(tmp_path) == []
+    assert cgroup.open_network_namespaces(tmp_path / "gone") == []

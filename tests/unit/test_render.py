@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import json
+import re
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from bpfrl import render
+from bpfrl.bpf.layout import Counters
+from bpfrl.bpf.limiter import Broken, Status
+from bpfrl.limits import Limits, PodRef
+from bpfrl.render import Row
+from bpfrl.units import Rate
+
+UID = "8c4a6c1e-0f6b-4c0e-9d0b-0a5f5a3a7f10"
+STATIC_UID = "0123456789abcdef0123456789abcdef"
+NOW = 1_700_000_000.0
+
+WEB = Status(
+    PodRef(UID, "shop", "cart-5d9c7b8f4-x2x7p"),
+    Limits(Rate(10_000_000), Rate(1_500_000_000), 65_536),
+    Counters(1_234, 1_234_567_890_123, 7, 4_321),
+    Counters(0, 18_446_744_073_709_551_615, 999, 1_000),
+    4_711,
+    NOW - 7_200,
+)
+NAMELESS = Status(PodRef(STATIC_UID), Limits(egress=Rate(1_001)), Counters(), Counters(5, 6, 7, 8), 0, NOW - 0.25)
+BROKEN = Broken("f" * 32, "attach or detach was cut off: repeat it")
+ROWS = [Row(WEB, NOW, Path("/sys/fs/cgroup/kubepods.slice/kubepods-pod1.slice")), Row(NAMELESS, NOW)]
+
+
+def drawn(console: Console, rows: list[Row], broken: list[Broken], *, wide: bool = False, rates: bool = False) -> str:
+    console.print(render.table(rows, broken, wide=wide, rates=rates))
+    assert isinstance(console.file, StringIO)
+    return console.file.getvalue()
+
+
+def piped() -> Console:
+    return Console(file=StringIO(), width=4_096, highlight=False)
+
+
+def terminal() -> Console:
+    return Console(file=StringIO(), width=4_096, highlight=False, force_terminal=True, color_system="standard")
+
+
+def cells(line: str) -> list[str]:
+    """A row's cells: they have at least two spaces between them, and none of two within."""
+    return re.split(r" {2,}", line.strip())
+
+
+def test_a_table_has_a_row_for_each_limiter_under_upper_case_titles() -> None:
+    header, web, nameless, _ = drawn(piped(), ROWS, []).splitlines()
+    assert cells(header) == [
+        *("UID", "POD", "EGRESS", "TX-BYTES", "TX-PKTS", "TX-DROP-BYTES", "TX-DROP-PKTS"),
+        *("INGRESS", "RX-BYTES", "RX-PKTS", "RX-DROP-BYTES", "RX-DROP-PKTS", "AGE"),
+    ]
+    assert cells(web) == [
+        *(UID, "shop/cart-5d9c7b8f4-x2x7p", "10mbit", "1.23T", "1.23k", "4.32k", "7"),
+        *("1500mbit", "18.4E", "0", "1.00k", "999", "2h"),
+    ]
+    assert cells(nameless) == [STATIC_UID, "-", "1001bit", "0", "0", "0", "0", "-", "6", "5", "8", "7", "0s"]
+
+
+def test_a_wide_table_ends_with_burst_and_cgroup() -> None:
+    header, web, nameless, _ = drawn(piped(), ROWS, [], wide=True).splitlines()
+    assert cells(header)[-3:] == ["AGE", "BURST", "CGROUP"]
+    assert cells(web)[-2:] == ["64Ki", "/sys/fs/cgroup/kubepods.slice/kubepods-pod1.slice"]
+    assert cells(nameless)[-2:] == ["default", "gone"]
+
+
+def test_numbers_stand_right_under_their_titles_and_names_left() -> None:
+    header, web, nameless, _ = drawn(piped(), ROWS, []).splitlines()
+    for title in ("UID", "POD"):
+        at = header.index(title)
+        assert " " not in (web[at], nameless[at])
+    for title in ("EGRESS", "TX-BYTES", "INGRESS", "RX-BYTES", "AGE"):
+        end = header.index(title) + len(title)
+        assert " " not in (web[end - 1], nameless[end - 1])
+        assert web[end : end + 2].strip() == nameless[end : end + 2].strip() == ""
+
+
+def test_what_wants_attention_is_a_line_below_the_table_each() -> None:
+    *_, broken, gone = drawn(piped(), ROWS, [BROKEN], wide=True).splitlines()
+    assert broken == f"broken: {BROKEN.uid}: {BROKEN.reason}"
+    assert gone.startswith(f"gone: {STATIC_UID}: its cgroup is no more: detach it, or attach it")
+
+
+def test_without_a_whole_limiter_there_is_no_table_over_what_is_broken() -> None:
+    assert drawn(piped(), [], [BROKEN]) == f"broken: {BROKEN.uid}: {BROKEN.reason}\n"
+
+
+@pytest.mark.parametrize("reason", ["[red]no markup[/red]", "a [link=x]b", "\\[x]", ":smile: 10.0.0.1 'text'"])
+def test_what_others_wrote_is_shown_as_it_is(reason: str) -> None:
+    assert f": {reason}" in drawn(piped(), [], [Broken(STATIC_UID, reason)])
+    assert reason in drawn(piped(), [Row(WEB, NOW, Path(reason))], [], wide=True)
+
+
+def test_what_is_piped_is_plain_text_without_boxes_and_whole() -> None:
+    path = Path("/sys/fs/cgroup", *["x" * 200] * 12)
+    for rates in (False, True):
+        broken = Broken(BROKEN.uid, "y" * 2_000)
+        text = drawn(piped(), [Row(WEB, NOW, path)], [broken], wide=True, rates=rates)
+        assert text.isascii()
+        assert set(text) & set("|+\x1b") == set()
+        assert str(path) in text
+        assert broken.reason in text
+        assert len(text.splitlines()) == 3
+
+
+def test_at_a_terminal_only_what_wants_attention_is_coloured() -> None:
+    header, web, broken = drawn(terminal(), ROWS[:1], [BROKEN]).splitlines()
+    assert "\x1b" not in header + web
+    assert re.fullmatch(r"\x1b\[31mbroken: .* repeat it\x1b\[0m", broken)
+    assert drawn(piped(), ROWS[:1], [BROKEN]).splitlines()[:2] == [header, web]
+
+
+def test_rates_follow_from_an_earlier_look() -> None:
+    egress = Counters(0, 1_234_567_890_123 - 2_500_000, 0, 4_321 - 1_000)
+    before = Status(WEB.pod, WEB.limits, egress, Counters(0, WEB.ingress.passed_bytes, 0, 750), 1, 0.0)
+    rows = [
+        Row(WEB, NOW, before=(before, NOW - 2)),
+        Row(WEB, NOW, before=(before, NOW)),
+        Row(before, NOW, before=(WEB, NOW - 1)),
+        Row(WEB, NOW),
+    ]
+    header, *lines = drawn(piped(), rows, [], rates=True).splitlines()
+    assert cells(header) == ["UID", "POD", "EGRESS", "SENDING", "INGRESS", "RECEIVING", "DROPPING"]
+    # 2.5 MB in 2 s; no time between the looks; counted anew by a limiter made since; no earlier look.
+    assert [cells(line)[3::2] for line in lines] == [
+        ["10.0Mbit", "0bit"],
+        ["-", "-"],
+        ["0bit", "0bit"],
+        ["-", "-"],
+    ]
+    assert [cells(line)[6] for line in lines] == ["5.00kbit", "-", "0bit", "-"]
+    assert cells(lines[0])[2::2] == ["10mbit", "1500mbit", "5.00kbit"]
+
+
+def test_json_and_yaml_say_the_same_with_exact_numbers() -> None:
+    document = json.loads(render.to_json(ROWS, [BROKEN]))
+    assert document == yaml.safe_load(render.to_yaml(ROWS, [BROKEN]))
+    assert document == {
+        "items": [
+            {
+                "uid": UID,
+                "namespace": "shop",
+                "name": "cart-5d9c7b8f4-x2x7p",
+                "egress": {
+                    "limit_bits_per_second": 10_000_000,
+                    "passed_bytes": 1_234_567_890_123,
+                    "passed_packets": 1_234,
+                    "dropped_bytes": 4_321,
+                    "dropped_packets": 7,
+                },
+                "ingress": {
+                    "limit_bits_per_second": 1_500_000_000,
+                    "passed_bytes": 18_446_744_073_709_551_615,
+                    "passed_packets": 0,
+                    "dropped_bytes": 1_000,
+                    "dropped_packets": 999,
+                },
+                "burst_bytes": 65_536,
+                "cgroup_id": 4_711,
+                "cgroup": "/sys/fs/cgroup/kubepods.slice/kubepods-pod1.slice",
+                "attached_at": NOW - 7_200,
+                "age_seconds": 7_200,
+            },
+            {
+                "uid": STATIC_UID,
+                "namespace": "",
+                "name": "",
+                "egress": {
+                    "limit_bits_per_second": 1_001,
+                    "passed_bytes": 0,
+                    "passed_packets": 0,
+                    "dropped_bytes": 0,
+                    "dropped_packets": 0,
+                },
+                "ingress": {
+                    "limit_bits_per_second": None,
+                    "passed_bytes": 6,
+                    "passed_packets": 5,
+                    "dropped_bytes": 8,
+                    "dropped_packets": 7,
+                },
+                "burst_bytes": None,
+                "cgroup_id": None,
+                "cgroup": None,
+                "attached_at": NOW - 0.25,
+                "age_seconds": 0,
+            },
+            {"uid": BROKEN.uid, "error": BROKEN.reason},
+        ]
+    }
+
+
+def test_a_clock_that_was_set_back_makes_no_negative_age() -> None:
+    row = Row(NAMELESS, NOW - 60)
+    [item] = json.loads(render.to_json([row], []))["items"]
+    assert item["age_seconds"] == 0
+    assert cells(drawn(piped(), [row], []).splitlines()[1])[-1] == "0s"
+
+
+def test_uids_of_digits_alone_stay_text_in_yaml() -> None:
+    [item] = yaml.safe_load(render.to_yaml([], [Broken("1" * 32, "x: y # z")]))["items"]
+    assert item == {"uid": "1" * 32, "error": "x: y # z"}
+
+
+def test_nothing_is_an_empty_list_for_programs() -> None:
+    assert json.loads(render.to_json([], [])) == yaml.safe_load(render.to_yaml([], [])) == {"items": []}
+    assert render.to_names([], []) == ""
+
+
+def test_names_are_a_line_each_as_kubectls() -> None:
+    service = Row(Status(PodRef("cgroup-7"), WEB.limits, WEB.egress, WEB.ingress, 7, NOW), NOW)
+    names = render.to_names([*ROWS, service], [BROKEN])
+    assert names.splitlines() == [f"pod/{UID}", f"pod/{STATIC_UID}", "cgroup-7", f"pod/{BROKEN.uid}"]
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (0.4, "0"),
+        (1, "1"),
+        (999, "999"),
+        (999.4, "999"),
+        (999.5, "1.00k"),
+        (1_000, "1.00k"),
+        (1_500, "1.50k"),
+        (9_994, "9.99k"),
+        (9_995, "10.0k"),
+        (10_000, "10.0k"),
+        (45_600_000, "45.6M"),
+        (99_949, "99.9k"),
+        (99_950, "100k"),
+        (100_000, "100k"),
+        (999_499, "999k"),
+        (999_500, "1.00M"),
+        (10**9, "1.00G"),
+        (10**12, "1.00T"),
+        (10**15, "1.00P"),
+        (10**18, "1.00E"),
+        (2**64 - 1, "18.4E"),
+        (10**21, "1000E"),
+    ],
+)
+def test_a_short_number_has_three_digits_and_a_prefix(number: float, text: str) -> None:
+    assert render.short(number) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-5, "0s"),
+        (0, "0s"),
+        (0.9, "0s"),
+        (59.9, "59s"),
+        (60, "1m"),
+        (3_599.9, "59m"),
+        (3_600, "1h"),
+        (86_399, "23h"),
+        (86_400, "1d"),
+        (400 * 86_400, "400d"),
+    ],
+)
+def test_an_age_is_the_largest_whole_unit(seconds: float, text: str) -> None:
+    assert render.age(seconds) == text
