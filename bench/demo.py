@@ -1,7 +1,7 @@
 """The main job, shown: ``make demo``.
 
-A pod-like cgroup in a network namespace of its own sends to a peer as fast as it can; it is limited to 10 Mbit/s, looked
-at, and let go again. Everything is real (cgroup, BPF programs, TCP) and everything is removed at the end.
+A pod-like cgroup in a network namespace of its own sends to a peer as fast as it can; it is limited to 10 Mbit/s,
+looked at, and let go again. Everything is real (cgroup, BPF programs, TCP) and everything is removed at the end.
 """
 
 from __future__ import annotations
