@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any, BinaryIO, Final, TypeVar
+from typing import Any, BinaryIO, Final, TypeVar, cast
 
 import click
 from rich.console import Console
@@ -179,27 +180,45 @@ def cli(context: click.Context, verbose: int, bpffs: Path, cgroup_root: Path | N
 
 
 def _limit_options(function: Function) -> Function:
+    """Give a command the limit options, as one argument."""
+
+    @wraps(function)
+    def with_limits(
+        *args: Any, rate: Rate | None, egress: Rate | None, ingress: Rate | None, burst: int | None, **others: Any
+    ) -> Any:
+        return function(*args, limits=Limits(egress or rate, ingress or rate, burst), **others)
+
     for option in (
         click.option("--burst", type=_SIZE, help="What an idle pod may send or receive at once. [default: by rate]"),
         click.option("--ingress", type=_RATE, help="What the pod may receive; the other direction is left alone."),
         click.option("--egress", type=_RATE, help="What the pod may send; the other direction is left alone."),
         click.option("--rate", type=_RATE, help="The limit for each direction that is not given by itself."),
     ):
-        function = option(function)
-    return function
+        with_limits = option(with_limits)
+    return cast(Function, with_limits)
 
 
-def _limits(rate: Rate | None, egress: Rate | None, ingress: Rate | None, burst: int | None) -> Limits:
-    limits = Limits(egress or rate, ingress or rate, burst)
+def _pod_options(function: Function) -> Function:
+    """Give a command the options that name a pod, as one argument."""
+
+    @wraps(function)
+    def with_pod(*args: Any, pod_uid: str | None, pod_name: tuple[str, str] | None, **others: Any) -> Any:
+        if pod_name and not pod_uid:
+            raise click.UsageError("--pod-name goes with --pod-uid")
+        return function(*args, pod=PodRef(pod_uid, *(pod_name or ())) if pod_uid else None, **others)
+
+    for option in (
+        click.option("--pod-name", type=_POD_NAME, help="The pod's name, for bpfrl list to show."),
+        click.option("--pod-uid", type=_UID, help="The pod's UID: kubectl get pod -o jsonpath={.metadata.uid}"),
+    ):
+        with_pod = option(with_pod)
+    return cast(Function, with_pod)
+
+
+def _limiting(limits: Limits) -> Limits:
     if limits.unlimited:
         raise click.UsageError("no limit is given: use --rate, --egress or --ingress, for example --rate 10mbit")
     return limits
-
-
-_pod_uid_option = click.option(
-    "--pod-uid", type=_UID, help="The pod's UID: kubectl get pod -o jsonpath={.metadata.uid}"
-)
-_pod_name_option = click.option("--pod-name", type=_POD_NAME, help="The pod's name, for bpfrl list to show.")
 
 
 _NO_TERMINAL: Final = "an object is not for a terminal: use -o FILE, or pipe it somewhere"
@@ -207,30 +226,18 @@ _NO_TERMINAL: Final = "an object is not for a terminal: use -o FILE, or pipe it 
 
 @cli.command()
 @_limit_options
-@_pod_uid_option
-@_pod_name_option
+@_pod_options
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The file to write; - for a pipe.")
-def generate(
-    rate: Rate | None,
-    egress: Rate | None,
-    ingress: Rate | None,
-    burst: int | None,
-    pod_uid: str | None,
-    pod_name: tuple[str, str] | None,
-    output: Path,
-) -> None:
+def generate(limits: Limits, pod: PodRef | None, output: Path) -> None:
     """Write a limiter as a BPF object, without attaching it.
 
     The object is complete: it carries its limits, and any loader takes it ('bpftool prog loadall', 'bpfrl
     attach --object'). This needs clang, but neither root nor BPF.
     """
-    if pod_name and not pod_uid:
-        raise click.UsageError("--pod-name goes with --pod-uid")
-    limits = _limits(rate, egress, ingress, burst)
     to_stdout = str(output) == "-"
     if to_stdout and (sys.stdout is None or sys.stdout.isatty()):
         raise click.UsageError(_NO_TERMINAL)
-    image = generator.generate(PodRef(pod_uid, *(pod_name or ())) if pod_uid else None, limits)
+    image = generator.generate(pod, _limiting(limits))
     if to_stdout:
         rest = memoryview(image)
         while rest:  # with PYTHONUNBUFFERED, one call may write a part and no more
@@ -268,8 +275,7 @@ def _write(output: Path, image: bytes) -> None:
 
 @cli.command()
 @_limit_options
-@_pod_uid_option
-@_pod_name_option
+@_pod_options
 @click.option("--cgroup", "path", type=_FOLDER, help="This cgroup v2 folder, of a pod or of anything else.")
 @click.option("--object", "file", type=click.File("rb"), help="Attach what bpfrl generate wrote, with its limits.")
 @click.option(
@@ -283,12 +289,8 @@ def _write(output: Path, image: bytes) -> None:
 @click.pass_obj
 def attach(
     node: _Node,
-    rate: Rate | None,
-    egress: Rate | None,
-    ingress: Rate | None,
-    burst: int | None,
-    pod_uid: str | None,
-    pod_name: tuple[str, str] | None,
+    limits: Limits,
+    pod: PodRef | None,
     path: Path | None,
     file: BinaryIO | None,
     wait: float,
@@ -299,25 +301,29 @@ def attach(
     Finds the pod's cgroup whatever the kubelet's cgroup driver and the pod's QoS class. New limits
     replace the present ones in place: there is no moment without a limit, connections go on, and the counters too.
     """
-    if not pod_uid and not path:
-        raise click.UsageError("which pod? use --pod-uid UID, or --cgroup PATH for a cgroup that is no pod")
-    if pod_name and not pod_uid:
-        raise click.UsageError("--pod-name goes with --pod-uid")
+    image = None
     if file is None:
-        limits = _limits(rate, egress, ingress, burst)
-        image = None if dry_run else generator.generate(None, limits)
-    elif (rate, egress, ingress, burst) == (None, None, None, None):
+        _limiting(limits)
+    elif limits == Limits():
         image = file.read(_LONGEST_OBJECT)
         limits = generator.inspect(image).limits
     else:
         raise click.UsageError("--object brings its own limits: leave out --rate, --egress, --ingress and --burst")
 
-    named = PodRef(pod_uid, *(pod_name or ())) if pod_uid else None
-    folder = _limitable(path) if path else node.tree().wait(pod_uid or "", wait)
-    pod = named or PodRef.of_cgroup(cgroup.id_of(folder))
-    change = None if image is None or dry_run else node.agent().attach(image, pod, folder)
-    done = f"{change.value}" if change else "would be limited (dry run)"
+    folder = _find(node, pod, path, wait)
+    pod = pod or PodRef.of_cgroup(cgroup.id_of(folder))
+    done = "would be limited (dry run)"
+    if not dry_run:
+        done = node.agent().attach(image or generator.generate(None, limits), pod, folder).value
     click.echo(f"{pod.label} {done}: {_describe(limits)} at {folder}")
+
+
+def _find(node: _Node, pod: PodRef | None, path: Path | None, wait: float) -> Path:
+    if path:
+        return _limitable(path)
+    if pod:
+        return node.tree().wait(pod.uid, wait)
+    raise click.UsageError("which pod? use --pod-uid UID, or --cgroup PATH for a cgroup that is no pod")
 
 
 def _limitable(path: Path) -> Path:

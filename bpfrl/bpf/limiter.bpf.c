@@ -36,6 +36,7 @@
 #include <linux/tcp.h>
 #include <linux/udp.h>
 #include "limiter.h"
+#include "sockets.h"
 
 /* Verdicts of cgroup_skb programs. On egress 0 shows EPERM to the sender;
  * 2 drops as a full queue would (congestion for TCP, silence for UDP). */
@@ -59,10 +60,8 @@
 #define SHARE_TOLERANCE_NS 5000000ULL
 #define SHARE_TOLERANCE_BYTES 6000ULL
 
-/* Fraction bits of a ratio of rates, of which the largest has 50 bits; and the
- * ratio from which a backlog of up to 2^39 ns would leave 64 bits. */
+/* Fraction bits of a ratio of rates, of which the largest has 50 bits. */
 #define RESCALE_SHIFT 14
-#define RESCALE_CEILING (1ULL << 24)
 
 /* Payload in 1500 byte of layer 3, TCP/IPv4 with timestamps: 1448/1500, in
  * 256ths. A pacing rate counts payload, a limit counts packets. */
@@ -99,13 +98,6 @@ struct {
 	__type(key, __u32);
 	__type(value, struct bpfrl_counters);
 } counters SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, int);
-	__type(value, struct bpfrl_socket);
-} sockets SEC(".maps");
 
 struct packet {
 	__u64 bytes;	/* at layer 3, with the headers of every segment */
@@ -172,14 +164,17 @@ static __always_inline struct packet measure(struct __sk_buff *skb)
 static __always_inline __s64 rescale(struct clock *clock, const struct bpfrl_limit *limit,
 				     __s64 backlog)
 {
-	__u64 old = READ_ONCE(clock->rate_bits), scaled = limit->drop_ns, ratio;
+	__u64 old = READ_ONCE(clock->rate_bits), most = limit->drop_ns, scaled, ratio;
 
 	if (__sync_val_compare_and_swap(&clock->rate_bits, old, limit->rate_bits) != old ||
 	    !old || backlog <= 0)
 		return backlog;
 	ratio = (old << RESCALE_SHIFT) / limit->rate_bits;
-	if (ratio < RESCALE_CEILING)
-		scaled = min(scaled, ((__u64)backlog * ratio) >> RESCALE_SHIFT);
+	/* Compared as a quotient: the product may leave 64 bits. */
+	if (ratio && (__u64)backlog > (most << RESCALE_SHIFT) / ratio)
+		scaled = most;
+	else
+		scaled = ((__u64)backlog * ratio) >> RESCALE_SHIFT;
 	__sync_fetch_and_add(&clock->tat, scaled - backlog);
 	return scaled;
 }
@@ -369,9 +364,9 @@ static __always_inline void clamp_window(struct bpf_sock_ops *ops, struct bpfrl_
 	if (socket->cwnd && segments <= socket->cwnd + (socket->cwnd >> 1) &&
 	    segments >= socket->cwnd >> 1)
 		return;
-	value = segments;
+	value = min(segments, CWND_UNLIMITED);
 	if (!bpf_setsockopt(ops, SOL_TCP, TCP_BPF_SNDCWND_CLAMP, &value, sizeof(value)))
-		socket->cwnd = segments;
+		socket->cwnd = value;
 }
 
 /* There is no egress limit any more: give the socket back what was its own. */

@@ -73,11 +73,4 @@ struct bpfrl_counters {
 	__u64 dropped_bytes;
 };
 
-/* What a socket carries while its cgroup has a limiter. */
-struct bpfrl_socket {
-	__u64 tat;		/* not paced (UDP, raw): the socket's own clock */
-	__u32 cwnd;		/* TCP: the window's limit that was set, segments; 0: none */
-	__u32 own_pacing;	/* TCP: the application's SO_MAX_PACING_RATE, byte/s; 0: not paced yet */
-};
-
 #endif /* BPFRL_LIMITER_H */

@@ -9,7 +9,7 @@
  * same namespace are left alone, and so is what an application set itself.
  */
 #include "bpf_helpers.h"
-#include "limiter.h"
+#include "sockets.h"
 
 /* What is read of the kernel's own structures; libbpf finds the offsets. */
 #define __kernel_type __attribute__((preserve_access_index))
@@ -22,13 +22,6 @@ struct bpf_iter__tcp {
 	__bpf_md_ptr(struct bpf_iter_meta *, meta);
 	__bpf_md_ptr(struct sock_common *, sk_common);
 } __kernel_type;
-
-struct {
-	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, int);
-	__type(value, struct bpfrl_socket);
-} sockets SEC(".maps");
 
 SEC("iter/tcp")
 int bpfrl_release(struct bpf_iter__tcp *context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -449,11 +450,12 @@ def test_watch_shows_the_current_rates(bed: Lab) -> None:
     bed.bpfrl("attach", "--pod-uid", bed.pod_uid, "--rate", "10mbit")
     ping = bed.start(bed.in_pod("ping", "-q", "-i", "0.01", "-s", "1000", PEER_ADDRESS))
     environment = os.environ | {"BPFRL_BPFFS": str(bed.bpffs)}
-    command = [str(Path(sys.executable).with_name("bpfrl")), "list", "-w"]
+    # A shell's background jobs, and so their children, ignore it otherwise.
+    command = ["env", "--default-signal=INT", str(Path(sys.executable).with_name("bpfrl")), "list", "-w"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watch:
         assert watch.stdout is not None
         drawn = [watch.stdout.readline() for _ in range(6)]
-        watch.send_signal(2)
+        watch.send_signal(signal.SIGINT)
         _, errors = watch.communicate(timeout=10)
     ping.terminate()
     assert watch.returncode == 130

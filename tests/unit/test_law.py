@@ -25,7 +25,6 @@ U64 = 2**64
 # limiter.bpf.c: the tolerance of a socket that is not paced; and how a backlog is carried to another limit.
 SHARE_TOLERANCE_BYTES = 6000
 RESCALE_SHIFT = 14
-RESCALE_CEILING = 1 << 24
 # BIG TCP's longest packet (512 KB) with its segments' headers, however small those are; the shortest of IP and TCP.
 LONGEST_PACKET = 2**21 - 1
 SHORTEST_PACKET = 40
@@ -77,11 +76,11 @@ def charge(limit: LimitData, length: int) -> int:
 
 def rescale(old: Rate, limit: LimitData, backlog: int) -> int:
     """The backlog, ns, that a positive one becomes when the limit changes (limiter.bpf.c, by the same name)."""
-    scaled = int(limit.drop_ns)
+    most = int(limit.drop_ns)
     ratio = fits(old.bits << RESCALE_SHIFT) // limit.rate_bits
-    if ratio < RESCALE_CEILING:
-        scaled = min(scaled, fits(backlog * ratio) >> RESCALE_SHIFT)
-    return scaled
+    if ratio and backlog > fits(most << RESCALE_SHIFT) // ratio:
+        return most
+    return fits(backlog * ratio) >> RESCALE_SHIFT
 
 
 def fits(value: int) -> int:
@@ -122,7 +121,6 @@ def test_the_check_above_sees_what_does_not_fit(field: str, value: float) -> Non
     [
         ("SHARE_TOLERANCE_BYTES", SHARE_TOLERANCE_BYTES),
         ("RESCALE_SHIFT", RESCALE_SHIFT),
-        ("RESCALE_CEILING", RESCALE_CEILING),
     ],
 )
 def test_the_programs_still_have_the_constants_that_are_redone_here(name: str, value: int) -> None:
@@ -178,10 +176,7 @@ def test_a_backlog_keeps_its_bytes_when_the_limit_changes_but_never_blocks_the_p
         scaled = rescale(old, limit, backlog)
         exact = min(backlog * old.bits / new.bits, int(limit.drop_ns))
         rounding = 1 + backlog / 2**RESCALE_SHIFT
-        assert exact - rounding <= scaled <= limit.drop_ns
-        # A rate that falls a thousandfold starts at its full depth, however little there was before.
-        if old.bits < new.bits * (RESCALE_CEILING >> RESCALE_SHIFT):
-            assert scaled <= exact + rounding
+        assert exact - rounding <= scaled <= min(exact + rounding, limit.drop_ns)
 
 
 @pytest.mark.parametrize("rate", RATES, ids=str)
