@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,9 +59,12 @@ def here(bpffs: Path, monkeypatch: pytest.MonkeyPatch) -> Agent:
 
 
 @pytest.fixture
-def nowhere(tmp_path: Path) -> Agent:
-    """An agent whose bpffs is not mounted yet."""
-    return Agent(make(tmp_path / "plain"))
+def nowhere(tmp_path: Path) -> Iterator[Agent]:
+    """An agent whose bpffs is not mounted yet; nor afterwards, whatever went wrong."""
+    plain = make(tmp_path / "plain")
+    yield Agent(plain)
+    if plain.is_mount():
+        subprocess.run(["umount", plain], check=True)
 
 
 class Pinned:
