@@ -24,6 +24,9 @@ from typing import Any, Final, NamedTuple
 
 from bpfrl import cgroup
 
+# The command that is installed beside this interpreter.
+BPFRL: Final = str(Path(sys.executable).with_name("bpfrl"))
+
 POD_ADDRESS: Final = "10.77.0.2"
 PEER_ADDRESS: Final = "10.77.0.1"
 POD_ADDRESS_6: Final = "fd77::2"
@@ -63,7 +66,7 @@ class Lab:
         """Run the installed command on this lab's bpffs and cgroups."""
         environment = os.environ | {"BPFRL_BPFFS": str(self.bpffs), "BPFRL_CGROUP_ROOT": str(self.cgroup_root)}
         return subprocess.run(
-            [str(Path(sys.executable).with_name("bpfrl")), *arguments],
+            [BPFRL, *arguments],
             env=environment,
             capture_output=True,
             text=True,

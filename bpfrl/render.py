@@ -52,35 +52,38 @@ _POD: Final = (
     _Column("UID", lambda row: row.status.pod.uid, right=False),
     _Column("POD", lambda row: str(row.status.pod) if row.status.pod.name else _NONE, right=False),
 )
-_EGRESS: Final = (_Column("EGRESS", lambda row: _limit(row.status.limits.egress)),)
-_EGRESS_COUNTERS: Final = (
-    _Column("TX-BYTES", lambda row: short(row.status.egress.passed_bytes)),
-    _Column("TX-PKTS", lambda row: short(row.status.egress.passed_packets)),
-    _Column("TX-DROP-BYTES", lambda row: short(row.status.egress.dropped_bytes)),
-    _Column("TX-DROP-PKTS", lambda row: short(row.status.egress.dropped_packets)),
+_EGRESS: Final = _Column("EGRESS", lambda row: _limit(row.status.limits.egress))
+_INGRESS: Final = _Column("INGRESS", lambda row: _limit(row.status.limits.ingress))
+
+
+def _counters(prefix: str, direction: Callable[[Status], Counters]) -> tuple[_Column, ...]:
+    """What has passed and what was dropped in one direction."""
+    return (
+        _Column(f"{prefix}-BYTES", lambda row: short(direction(row.status).passed_bytes)),
+        _Column(f"{prefix}-PKTS", lambda row: short(direction(row.status).passed_packets)),
+        _Column(f"{prefix}-DROP-BYTES", lambda row: short(direction(row.status).dropped_bytes)),
+        _Column(f"{prefix}-DROP-PKTS", lambda row: short(direction(row.status).dropped_packets)),
+    )
+
+
+_SENDING: Final = _Column("SENDING", lambda row: _rate(row, lambda status: status.egress.passed_bytes))
+_RECEIVING: Final = _Column("RECEIVING", lambda row: _rate(row, lambda status: status.ingress.passed_bytes))
+_DROPPING: Final = _Column(
+    "DROPPING", lambda row: _rate(row, lambda status: status.egress.dropped_bytes + status.ingress.dropped_bytes)
 )
-_INGRESS: Final = (_Column("INGRESS", lambda row: _limit(row.status.limits.ingress)),)
-_INGRESS_COUNTERS: Final = (
-    _Column("RX-BYTES", lambda row: short(row.status.ingress.passed_bytes)),
-    _Column("RX-PKTS", lambda row: short(row.status.ingress.passed_packets)),
-    _Column("RX-DROP-BYTES", lambda row: short(row.status.ingress.dropped_bytes)),
-    _Column("RX-DROP-PKTS", lambda row: short(row.status.ingress.dropped_packets)),
+_LISTED: Final = (
+    *_POD,
+    _EGRESS,
+    *_counters("TX", lambda status: status.egress),
+    _INGRESS,
+    *_counters("RX", lambda status: status.ingress),
+    _Column("AGE", lambda row: age(row.now - row.status.attached_at)),
 )
-_AGE: Final = (_Column("AGE", lambda row: age(row.now - row.status.attached_at)),)
+_WATCHED: Final = (*_POD, _EGRESS, _SENDING, _INGRESS, _RECEIVING, _DROPPING)
 _WIDE: Final = (
     _Column("BURST", lambda row: format_size(row.status.limits.burst) if row.status.limits.burst else "default"),
     _Column("CGROUP", lambda row: str(row.cgroup or "gone"), right=False),
 )
-_SENDING: Final = (_Column("SENDING", lambda row: _rate(row, lambda status: status.egress.passed_bytes)),)
-_RECEIVING: Final = (_Column("RECEIVING", lambda row: _rate(row, lambda status: status.ingress.passed_bytes)),)
-_DROPPING: Final = (
-    _Column(
-        "DROPPING", lambda row: _rate(row, lambda status: status.egress.dropped_bytes + status.ingress.dropped_bytes)
-    ),
-)
-
-_LISTED: Final = (*_POD, *_EGRESS, *_EGRESS_COUNTERS, *_INGRESS, *_INGRESS_COUNTERS, *_AGE)
-_WATCHED: Final = (*_POD, *_EGRESS, *_SENDING, *_INGRESS, *_RECEIVING, *_DROPPING)
 
 
 def table(rows: Sequence[Row], broken: Sequence[Broken], *, wide: bool = False, rates: bool = False) -> Group:

@@ -2,7 +2,7 @@
 
 A limiter is a folder in the bpffs that holds three links, their programs and their maps, and the folder is all there
 is: no process and no file knows more. It is whole or it does not exist. :func:`install` builds it under a name
-of its own and renames it when its last link is pinned; :meth:`Limiter.remove` renames it back before
+of its own and renames it when its last link is pinned; :func:`remove` renames it back before
 the first pin goes. What a crash leaves behind therefore never has a limiter's name, and :func:`leftovers` finds it.
 (bpffs refuses a '.' in names, so the marks below do without.)
 """
@@ -162,12 +162,6 @@ class Limiter:
                 successor.rename(self.folder / name)
         log.info("replaced the programs of %s", self.folder)
 
-    def remove(self) -> None:
-        """Lift the limit, give the sockets back what was theirs, and leave nothing behind."""
-        retired = self.folder.with_name(self.folder.name + RETIRED)
-        self.folder.rename(retired)
-        discard(retired)
-
     def _linked_cgroup(self, program: str) -> int:
         with self._open(program + _LINK) as link:
             return libbpf.linked(link).cgroup_id
@@ -210,6 +204,15 @@ def install(image: bytes, path: Path, folder: Path) -> None:
         log.info("attached and pinned in %s", folder)
     if retired.exists():
         discard(retired)
+
+
+def remove(folder: Path) -> None:
+    """Lift a limiter's limit, whole or broken, give the sockets back what was theirs, and leave nothing behind.
+
+    Raises:
+        BrokenLimiterError: as :func:`discard`.
+    """
+    discard(folder.rename(folder.with_name(folder.name + RETIRED)))
 
 
 def discard(folder: Path) -> None:

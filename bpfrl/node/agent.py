@@ -149,7 +149,7 @@ class Agent:
         except (FileNotFoundError, NotADirectoryError):
             return False
         except PermissionError as error:
-            raise PermissionDeniedError(f"cannot look into {self.bpffs}: this needs root") from error
+            raise _refused(f"look into {self.bpffs}", error) from error
         return f"{os.major(device)}:{os.minor(device)}" in {mount.device for mount in mounts("bpf")}
 
     def _detach(self, uid: str) -> Change:
@@ -157,11 +157,8 @@ class Agent:
         folder = self._clean(uid)
         if not limiter.is_folder(folder):
             return Change.DETACHED if left else Change.ABSENT
-        current = _open(folder)
-        if current is None:
-            limiter.discard(folder)
-        else:
-            current.remove()
+        _refuse_foreign(folder)
+        limiter.remove(folder)
         return Change.DETACHED
 
     def _uids(self) -> list[str]:
@@ -246,12 +243,16 @@ def _refused(action: str, error: OSError) -> KernelError | PermissionDeniedError
     return KernelError(f"cannot {action}: {error.strerror}")
 
 
+def _refuse_foreign(folder: Path) -> None:
+    if not limiter.is_ours(folder):
+        raise BrokenLimiterError(f"{folder} holds what was not made by bpfrl: look at it, and remove it")
+
+
 def _open(folder: Path) -> Limiter | None:
     """The limiter in a folder, or None where there is none or only what is left of one."""
     if not limiter.is_folder(folder):
         return None
-    if not limiter.is_ours(folder):
-        raise BrokenLimiterError(f"{folder} holds what was not made by bpfrl: look at it, and remove it")
+    _refuse_foreign(folder)
     try:
         return Limiter(folder)
     except BrokenLimiterError as error:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from bench.lab import Lab, lab
+from bench.traffic import jain
 
 
 @pytest.fixture
@@ -35,11 +36,10 @@ class Flows:
     def of(cls, report: dict[str, Any]) -> Flows:
         end = report["end"]
         rates = [stream["receiver"]["bits_per_second"] for stream in end["streams"]]
-        squares = sum(rate * rate for rate in rates)
         senders = [stream["sender"] for stream in end["streams"]]
         return cls(
             goodput=end["sum_received"]["bits_per_second"],
-            jain=sum(rates) ** 2 / (len(rates) * squares) if squares else 0.0,
+            jain=jain(rates),
             retransmits=end["sum_sent"]["retransmits"],
             rtt_ms=sum(sender["mean_rtt"] for sender in senders) / len(senders) / 1000,
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 import uuid
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.lab import PEER_ADDRESS, Lab
+from bench.lab import BPFRL, PEER_ADDRESS, Lab
 from bpfrl import cgroup
 from tests.kernel.conftest import attached, bpftool, items, only
 
@@ -113,7 +112,7 @@ def test_generated_object_is_what_bpftool_loads_and_attach_takes(bed: Lab, tmp_p
 
 
 def test_generate_writes_to_a_pipe(bed: Lab) -> None:
-    command = [str(Path(sys.executable).with_name("bpfrl")), "generate", "--rate", "1mbit", "-o", "-"]
+    command = [BPFRL, "generate", "--rate", "1mbit", "-o", "-"]
     assert subprocess.run(command, capture_output=True, check=True).stdout.startswith(b"\x7fELF")
     assert items(bed) == []
 
@@ -177,15 +176,14 @@ def test_every_layout_of_the_kubelet(bed: Lab, layout: str, static: bool) -> Non
 
 def test_unified_layout_and_a_bpffs_that_is_not_mounted(bed: Lab, tmp_path: Path) -> None:
     """In a mount namespace where cgroup v2 stands where systemd puts it, and where no bpffs is."""
-    bpfrl = str(Path(sys.executable).with_name("bpfrl"))
     folder = f"/sys/fs/cgroup/{bed.pod_cgroup.relative_to(cgroup.mount_point())}"
     script = f"""
         set -e
         mount -t cgroup2 none /sys/fs/cgroup
-        {bpfrl} --bpffs {tmp_path} attach --pod-uid {bed.pod_uid} --rate 2mbit
+        {BPFRL} --bpffs {tmp_path} attach --pod-uid {bed.pod_uid} --rate 2mbit
         findmnt -n -o FSTYPE {tmp_path}
-        {bpfrl} --bpffs {tmp_path} list -o wide
-        {bpfrl} --bpffs {tmp_path} detach --all
+        {BPFRL} --bpffs {tmp_path} list -o wide
+        {BPFRL} --bpffs {tmp_path} detach --all
         bpftool cgroup show {folder}
     """
     done = subprocess.run(["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, check=True)
@@ -199,13 +197,12 @@ def test_unified_layout_and_a_bpffs_that_is_not_mounted(bed: Lab, tmp_path: Path
 
 def test_hybrid_layout_is_discovered(bed: Lab) -> None:
     """In a mount namespace where version 1 has /sys/fs/cgroup and version 2 stands beside it."""
-    bpfrl = str(Path(sys.executable).with_name("bpfrl"))
     script = f"""
         set -e
         mount -t tmpfs none /sys/fs/cgroup
         mkdir /sys/fs/cgroup/unified
         mount -t cgroup2 none /sys/fs/cgroup/unified
-        {bpfrl} attach --pod-uid {bed.pod_uid} --rate 2mbit --dry-run
+        {BPFRL} attach --pod-uid {bed.pod_uid} --rate 2mbit --dry-run
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("BPFRL")}
     command = ["unshare", "--mount", "sh", "-c", script]
@@ -355,7 +352,7 @@ def test_without_root(bed: Lab, tmp_path: Path, mode: int) -> None:
     }
 
     def nobody(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [str(Path(sys.executable).with_name("bpfrl")), *arguments]
+        command = [BPFRL, *arguments]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, user=65534)
 
     for arguments in (
@@ -451,7 +448,7 @@ def test_watch_shows_the_current_rates(bed: Lab) -> None:
     ping = bed.start(bed.in_pod("ping", "-q", "-i", "0.01", "-s", "1000", PEER_ADDRESS))
     environment = os.environ | {"BPFRL_BPFFS": str(bed.bpffs)}
     # A shell's background jobs, and so their children, ignore it otherwise.
-    command = ["env", "--default-signal=INT", str(Path(sys.executable).with_name("bpfrl")), "list", "-w"]
+    command = ["env", "--default-signal=INT", BPFRL, "list", "-w"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watch:
         assert watch.stdout is not None
         drawn = [watch.stdout.readline() for _ in range(6)]
