@@ -1,5 +1,5 @@
 # Everything runs as root: BPF programs are loaded, namespaces and cgroups are made.
-.PHONY: demo test lint bench install requirements
+.PHONY: demo test lint bench install proto requirements
 
 demo: install
 	.venv/bin/python -m bench.demo
@@ -18,6 +18,11 @@ bench: install
 
 install:
 	@tools/install
+
+# After a change of bpfrl/rpc/node.proto.
+proto: install
+	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. \
+		--mypy_out=quiet:. --mypy_grpc_out=quiet:. bpfrl/rpc/node.proto
 
 # After a change of pyproject.toml's dependencies.
 requirements: install

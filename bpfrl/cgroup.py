@@ -36,8 +36,12 @@ from bpfrl.mounts import mounts
 
 _SLICE: Final = ".slice"
 _QOS: Final = ("burstable", "besteffort")
-# A pod that is not there yet costs a walk of the tree each time.
-_POLL_SECONDS: Final = 0.1
+# Whoever waits for a cgroup looks often at first, for the kubelet makes it within milliseconds or within seconds: after
+# a tenth more of the time waited so far. A walk of the whole tree, for new parents, is worth it less often.
+_POLL_SHARE: Final = 0.1
+_SHORTEST_POLL_SECONDS: Final = 0.002
+_LONGEST_POLL_SECONDS: Final = 0.1
+_SURVEY_SECONDS: Final = 0.5
 
 
 def mount_point() -> Path:
@@ -60,21 +64,23 @@ class CgroupTree:
         self.root = root or mount_point()
         self._parents: list[Path] = []
 
-    def find(self, uid: str) -> Path:
+    def find(self, uid: str, *, survey: bool = True) -> Path:
         """The cgroup of the pod with this UID.
+
+        Args:
+            uid: the pod's UID.
+            survey: walk the tree for new parents where those that are known do not have the pod.
 
         Raises:
             CgroupNotFoundError: there is none.
             AmbiguousCgroupError: there are several that could be it.
         """
         found = self._look(uid)
-        if not found:
+        if not found and survey:
             self._parents = list(_parents(self.root))
             found = self._look(uid)
         if not found:
-            raise CgroupNotFoundError(
-                f"no cgroup for pod {uid} under {self.root}: is it running on this node? (--wait waits for it)"
-            )
+            raise CgroupNotFoundError(f"no cgroup for pod {uid} under {self.root}: is it running on this node?")
         if len(found) > 1:
             raise AmbiguousCgroupError(
                 f"several cgroups for pod {uid}, name one with --cgroup: {', '.join(map(str, found))}"
@@ -87,18 +93,55 @@ class CgroupTree:
         Raises:
             CgroupNotFoundError: there is none even then.
         """
-        deadline = time.monotonic() + seconds
-        while True:
-            try:
-                return self.find(uid)
-            except CgroupNotFoundError:
-                if not time.monotonic() < deadline:  # NaN is no time to wait either
-                    raise
-            time.sleep(_POLL_SECONDS)
+        search = Search(self, uid, seconds)
+        while (found := search.look()) is None:
+            time.sleep(search.pause())
+        return found
 
     def _look(self, uid: str) -> list[Path]:
         candidates = (folder / _pod_folder(folder, uid) for folder in self._parents)
         return [folder for folder in candidates if folder.is_dir()]
+
+
+class Search:
+    """Waiting for a pod's cgroup, as looks with pauses between them that are the caller's to sleep.
+
+    >>> search = Search(CgroupTree(), uid, 30)
+    >>> while (found := search.look()) is None:
+    ...     await asyncio.sleep(search.pause())
+    """
+
+    def __init__(self, tree: CgroupTree, uid: str, seconds: float) -> None:
+        self._tree = tree
+        self._uid = uid
+        self._start = time.monotonic()
+        self._seconds = seconds
+        self._survey_at = self._start
+
+    def look(self) -> Path | None:
+        """The cgroup, or None while there is time left for it to come.
+
+        Raises:
+            CgroupNotFoundError: there is none, and no time left.
+            AmbiguousCgroupError: there are several that could be it.
+        """
+        now = time.monotonic()
+        last = not now < self._start + self._seconds  # NaN is no time to wait either
+        survey = last or now >= self._survey_at
+        if survey:
+            self._survey_at = now + _SURVEY_SECONDS
+        try:
+            return self._tree.find(self._uid, survey=survey)
+        except CgroupNotFoundError:
+            if last:
+                raise
+            return None
+
+    def pause(self) -> float:
+        """How long to sleep before the next look, s."""
+        waited = time.monotonic() - self._start
+        pause = min(max(waited * _POLL_SHARE, _SHORTEST_POLL_SECONDS), _LONGEST_POLL_SECONDS)
+        return max(0.0, min(pause, self._seconds - waited))
 
 
 def check(path: Path) -> Path:

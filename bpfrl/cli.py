@@ -6,17 +6,18 @@ be meant, and 1 when it could not be done.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any, BinaryIO, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar, cast
 
 import click
 from rich.console import Console
@@ -26,10 +27,13 @@ from bpfrl import __version__, cgroup, render
 from bpfrl.bpf import generator
 from bpfrl.bpf.limiter import Broken, Status
 from bpfrl.cgroup import CgroupTree
-from bpfrl.errors import BpfrlError, InvalidValueError
+from bpfrl.errors import BpfrlError, CgroupNotFoundError, InvalidValueError
 from bpfrl.limits import Limits, PodRef
 from bpfrl.node.agent import DEFAULT_BPFFS, Agent
 from bpfrl.units import Rate, parse_size
+
+if TYPE_CHECKING:
+    from bpfrl.rpc.tls import Certificates
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -37,6 +41,7 @@ _FAILURE: Final = 1
 _USAGE: Final = 2
 _INTERRUPTED: Final = 130
 _LEVELS: Final = (logging.WARNING, logging.INFO, logging.DEBUG)
+DEFAULT_PORT: Final = 10002
 _REDRAW_SECONDS: Final = 1.0
 # Wider than any row: a UID that is cut off is of no use.
 _UNCUT_WIDTH: Final = 4096
@@ -315,14 +320,17 @@ def attach(
     done = "would be limited (dry run)"
     if not dry_run:
         done = node.agent().attach(image or generator.generate(None, limits), pod, folder).value
-    click.echo(f"{pod.label} {done}: {_describe(limits)} at {folder}")
+    click.echo(f"{pod.label} {done}: {limits} at {folder}")
 
 
 def _find(node: _Node, pod: PodRef | None, path: Path | None, wait: float) -> Path:
     if path:
         return _limitable(path)
     if pod:
-        return node.tree().wait(pod.uid, wait)
+        try:
+            return node.tree().wait(pod.uid, wait)
+        except CgroupNotFoundError as error:
+            raise CgroupNotFoundError(f"{error} (--wait waits for it)") from error
     raise click.UsageError("which pod? use --pod-uid UID, or --cgroup PATH for a cgroup that is no pod")
 
 
@@ -330,11 +338,6 @@ def _limitable(path: Path) -> Path:
     if cgroup.check(path).samefile(cgroup.mount_point()):
         raise InvalidValueError(f"'{path}' is the root cgroup, which is the whole machine: take one below it")
     return path
-
-
-def _describe(limits: Limits) -> str:
-    rates = (("egress", limits.egress), ("ingress", limits.ingress))
-    return ", ".join(f"{direction} {rate or 'unlimited'}" for direction, rate in rates)
 
 
 @cli.command()
@@ -443,6 +446,184 @@ def _watch(agent: Agent, *, wide: bool) -> None:
 def _console(*, cut: bool = False) -> Console:
     """Where tables go. Only one that is drawn again and again is cut to the terminal: a list is to be read whole."""
     return Console(width=None if cut and sys.stdout.isatty() else _UNCUT_WIDTH, highlight=False)
+
+
+def _parse_endpoint(text: str) -> str:
+    """HOST:PORT, with an IPv6 address in brackets; without a host, every address."""
+    host, separator, port = text.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if not (separator and port.isdecimal() and int(port) < 2**16) or (":" in host and not bracketed):
+        raise InvalidValueError(f"'{text}' is no address to listen on: write it as HOST:PORT, [::1]:PORT or :PORT")
+    return f"{host or '[::]'}:{port}"
+
+
+_ENDPOINT: Final = _Parsed("host:port", _parse_endpoint)
+
+
+def _daemon_options(function: Function) -> Function:
+    """Give a daemon the options that say whom it trusts."""
+    for option in (
+        click.option("--insecure", is_flag=True, help="Without TLS, which is for loopback only."),
+        click.option(
+            "--certs",
+            type=_FOLDER,
+            envvar="BPFRL_CERTS",
+            metavar="DIR",
+            help="The folder with ca.crt, tls.crt and tls.key. [env: BPFRL_CERTS]",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def _certificates(folder: Path | None, role: str, *, insecure: bool) -> Certificates | None:
+    from bpfrl.rpc import tls  # noqa: PLC0415 - half a second that other commands do not need
+
+    if (folder is None) != insecure:
+        raise click.UsageError("use one of --certs DIR (bpfrl certs init makes them) and, on loopback only, --insecure")
+    return tls.Certificates(folder, role) if folder else None
+
+
+def _serve(daemon: Coroutine[Any, Any, None], context: click.Context) -> None:
+    """Run a daemon until it is told to stop. It says what it does without being asked."""
+    verbose = context.find_root().params["verbose"]
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(message)s",
+        level=logging.DEBUG if verbose else logging.INFO,
+        stream=sys.stderr,
+        force=True,
+    )
+    if not verbose:
+        logging.getLogger("bpfrl.bpf").setLevel(logging.WARNING)  # each step of each limiter
+    asyncio.run(daemon)
+
+
+@cli.command("serve-node")
+@click.option(
+    "--listen",
+    type=_ENDPOINT,
+    default=f":{DEFAULT_PORT}",
+    show_default=True,
+    metavar="HOST:PORT",
+    help="Where to listen; without a host, on every address.",
+)
+@_daemon_options
+@click.pass_context
+def serve_node(context: click.Context, listen: str, certs: Path | None, insecure: bool) -> None:
+    """Let a master limit this node's pods.
+
+    Runs on every node, as root, until SIGTERM. Limits are pinned in the kernel: they stay in force when this process
+    ends, however it ends, and the next one finds them.
+    """
+    from bpfrl.rpc import corelog  # noqa: PLC0415 - before grpc is imported
+
+    corelog.redirect()
+    from bpfrl.node import daemon  # noqa: PLC0415
+    from bpfrl.rpc import tls  # noqa: PLC0415
+
+    node: _Node = context.obj
+    certificates = _certificates(certs, tls.NODE, insecure=insecure)
+    if insecure and not tls.is_loopback(listen.rpartition(":")[0].strip("[]")):
+        raise click.UsageError("--insecure is for loopback only: use --listen 127.0.0.1:PORT, or --certs DIR")
+    _serve(daemon.serve(node.agent(), node.tree(), listen, certificates), context)
+
+
+@cli.command("serve-master")
+@click.option("--manifests", type=_FOLDER, metavar="DIR", help="Take the pods from this folder of manifests.")
+@click.option("--kubeconfig", type=_FOLDER, metavar="FILE", help="Take them from this cluster's API server.")
+@click.option("--context", help="Which of the kubeconfig's contexts. [default: its current one]")
+@click.option(
+    "--node-port",
+    type=click.IntRange(1, 2**16 - 1),
+    default=DEFAULT_PORT,
+    show_default=True,
+    help="Where the nodes' daemons listen.",
+)
+@click.option(
+    "--resync",
+    type=click.FloatRange(1),
+    default=300.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How often each node is asked what it has, and that repaired.",
+)
+@click.option(
+    "--leader-elect/--no-leader-elect",
+    default=True,
+    show_default=True,
+    help="Of several masters in a cluster, only the holder of the Lease bpfrl-master acts.",
+)
+@click.option(
+    "--lease-namespace", metavar="NAMESPACE", help="The Lease's namespace. [default: the pod's own, or kube-system]"
+)
+@click.option(
+    "--lease-duration",
+    type=click.IntRange(3),
+    default=15,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long others wait for a leader that says nothing.",
+)
+@_daemon_options
+@click.pass_context
+def serve_master(
+    context_: click.Context, /, certs: Path | None, insecure: bool, context: str | None, **settings: Any
+) -> None:
+    """Keep all pods of a cluster limited as their annotations say.
+
+    \b
+    READS OF EACH POD
+      annotation kubernetes.io/egress-bandwidth    10M, bits per second
+      annotation kubernetes.io/ingress-bandwidth
+      annotation bpfrl.io/burst                    64Ki, bytes
+      label rate                                   each direction that has no annotation
+
+    The cluster is the one of --kubeconfig, of KUBECONFIG, of the pod around this process, or of ~/.kube/config, in
+    this order. With --manifests no API server is needed: pods come from the folder's files, and are on this machine
+    unless status.hostIP names another. Limits stay in force while no master runs.
+    """
+    from bpfrl.master import daemon  # noqa: PLC0415
+    from bpfrl.rpc import tls  # noqa: PLC0415
+
+    if settings["manifests"] and (settings["kubeconfig"] or context):
+        raise click.UsageError("--manifests takes the place of an API server: leave out --kubeconfig and --context")
+    certificates = _certificates(certs, tls.MASTER, insecure=insecure)
+    _serve(daemon.serve(daemon.Settings(certificates=certificates, context=context, **settings)), context_)
+
+
+@cli.group()
+def certs() -> None:
+    """Make the certificates that master and nodes show each other."""
+
+
+@certs.command("init")
+@click.argument("folder", type=_FOLDER, metavar="DIR")
+@click.option("--days", type=click.IntRange(1, 36_500), default=365, show_default=True, help="How long they are good.")
+@click.option("--renew", is_flag=True, help="Make both certificates anew, whatever time they have left.")
+def certs_init(folder: Path, days: int, renew: bool) -> None:
+    """Make an authority, and certificates for the nodes and the master.
+
+    DIR/node is for bpfrl serve-node --certs and DIR/master for bpfrl serve-master --certs. Keep DIR/ca.key to
+    yourself: who has it can limit any pod. What is there and good for a while is kept, so that the same command
+    renews what is about to expire; the daemons read changed files by themselves.
+    """
+    from bpfrl.rpc import authority  # noqa: PLC0415
+
+    for path, made in authority.init(folder, days, renew=renew):
+        click.echo(f"{path} {'made' if made else 'kept'}")
+
+
+@certs.command("secrets")
+@click.argument("folder", type=_FOLDER, metavar="DIR")
+@click.option("-n", "--namespace", default="bpfrl", show_default=True, help="The Secrets' namespace.")
+def certs_secrets(folder: Path, namespace: str) -> None:
+    """Print the certificates of DIR as Kubernetes Secrets, for kubectl apply -f -.
+
+    bpfrl-node is for the nodes' daemons and bpfrl-master for the master. The authority's key is in neither.
+    """
+    from bpfrl.rpc import authority  # noqa: PLC0415
+
+    click.echo(authority.secrets(folder, namespace), nl=False)
 
 
 def main() -> None:

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from enum import Enum
 from typing import Final
 
 from bpfrl.errors import InvalidValueError
 from bpfrl.units import Rate
 
+_CGROUP: Final = "cgroup-"
 # The forms of a UID. They become the name of a folder in the bpffs, so nothing else may pass.
 _UID: Final = re.compile(
     r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"  # a pod's UID
     r"|[0-9a-f]{32}"  # a static pod's: the hash of its manifest
-    r"|cgroup-[1-9][0-9]{0,19}",  # a cgroup that is no pod: its id
+    rf"|{_CGROUP}[1-9][0-9]{{0,19}}",  # a cgroup that is no pod: its id
     re.ASCII,
 )
 _DNS_LABEL: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?", re.ASCII)
@@ -45,14 +47,19 @@ class PodRef:
             raise InvalidValueError(f"{self.name[:80]!r} is no pod name: lower-case letters, digits, '-' and '.'")
 
     @property
+    def is_pod(self) -> bool:
+        """False for a cgroup that is no pod."""
+        return not self.uid.startswith(_CGROUP)
+
+    @property
     def label(self) -> str:
         """What a line of output calls it: pod/<uid>, or the cgroup's own name."""
-        return self.uid if self.uid.startswith("cgroup-") else f"pod/{self.uid}"
+        return f"pod/{self.uid}" if self.is_pod else self.uid
 
     @classmethod
     def of_cgroup(cls, cgroup_id: int) -> PodRef:
         """The reference to a cgroup that is no pod, by the id that the kernel gave it."""
-        return cls(f"cgroup-{cgroup_id}")
+        return cls(f"{_CGROUP}{cgroup_id}")
 
     def __str__(self) -> str:
         return f"{self.namespace}/{self.name}" if self.name else self.uid
@@ -87,3 +94,18 @@ class Limits:
     def unlimited(self) -> bool:
         """True when no direction has a limit: traffic is counted, and otherwise left alone."""
         return self.egress is None and self.ingress is None
+
+    def __str__(self) -> str:
+        """Both directions in one line, for people."""
+        rates = (("egress", self.egress), ("ingress", self.ingress))
+        return ", ".join(f"{direction} {rate or 'unlimited'}" for direction, rate in rates)
+
+
+class Change(Enum):
+    """What a call changed, in the past tense of its one-line report."""
+
+    ATTACHED = "limited"
+    UPDATED = "updated"
+    UNCHANGED = "unchanged"
+    DETACHED = "detached"
+    ABSENT = "not limited"

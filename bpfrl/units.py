@@ -12,9 +12,10 @@ are refused for the like reason (1024 to tc, 1000 to most others).
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal
-from typing import Final
+from typing import Final, NamedTuple
 
 from bpfrl.errors import InvalidValueError
 
@@ -39,8 +40,29 @@ _LONGEST: Final = 60
 _LARGEST_SIZE: Final = 2**63 - 1
 _NUMBER: Final = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)((?:[eE][+-]?[0-9]{1,3})?)([A-Za-z/]*)", re.ASCII)
 
-_RATE_FORMS: Final = "write it as 10mbit, 500kbit, 2gbit (tc) or 10M, 500k, 2G (Kubernetes), in bits per second"
 _SIZE_FORMS: Final = "write it in bytes as 64Ki, 1Mi or 65536"
+
+
+class _Dialect(NamedTuple):
+    """How rates are written in one place.
+
+    Attributes:
+        units: the units besides a Quantity's suffixes, in lower case.
+        forms: what to say to who has written something else.
+        range: the bounds, as they are written here.
+    """
+
+    units: Mapping[str, Decimal]
+    forms: str
+    range: str
+
+
+_COMMAND_LINE: Final = _Dialect(
+    _TC_RATE,
+    "write it as 10mbit, 500kbit, 2gbit (tc) or 10M, 500k, 2G (Kubernetes), in bits per second",
+    "1kbit to 1000tbit",
+)
+_ANNOTATION: Final = _Dialect({}, "write it as 10M, 500k, 2G, in bits per second", "1k to 1P")
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -67,20 +89,32 @@ class Rate:
         Raises:
             InvalidValueError: the text is neither, or the rate is out of range.
         """
+        return cls._parse(text, _COMMAND_LINE)
+
+    @classmethod
+    def parse_quantity(cls, text: str) -> Rate:
+        """Read a rate as a Kubernetes Quantity in bit/s, which is all that the bandwidth annotations may hold.
+
+        Raises:
+            InvalidValueError: the text is none, or the rate is out of range.
+        """
+        return cls._parse(text, _ANNOTATION)
+
+    @classmethod
+    def _parse(cls, text: str, dialect: _Dialect) -> Rate:
         text = text.strip()
-        number, suffix = _split(text, "rate", _RATE_FORMS)
+        number, suffix = _split(text, "rate", dialect.forms)
         if suffix.lower().removesuffix("/s").endswith(("bps", "b")):
-            raise InvalidValueError(
-                f"rate '{text}' may mean bits or bytes: write bits per second as {_bits_hint(text)}"
-            )
+            right = f"write bits per second as {_bits_hint(text)}" if dialect.units else dialect.forms
+            raise InvalidValueError(f"rate '{text}' may mean bits or bytes: {right}")
         # tc does not know "10mbit/s", but everybody else does.
-        factor = _TC_RATE.get(suffix.lower().removesuffix("/s"), _QUANTITY.get(suffix))
+        factor = dialect.units.get(suffix.lower().removesuffix("/s"), _QUANTITY.get(suffix))
         if factor is None:
-            raise InvalidValueError(f"rate '{text}' has no known unit: {_RATE_FORMS}")
+            raise InvalidValueError(f"rate '{text}' has no known unit: {dialect.forms}")
         bits = _whole(number * factor)
         if not cls.MIN_BITS <= bits <= cls.MAX_BITS:
             hint = f"; 'm' is a thousandth, did you mean {text[:-1]}M?" if suffix == "m" else ""
-            raise InvalidValueError(f"rate '{text}' is out of range: it must be 1kbit to 1000tbit{hint}")
+            raise InvalidValueError(f"rate '{text}' is out of range: it must be {dialect.range}{hint}")
         return cls(bits)
 
     def __str__(self) -> str:

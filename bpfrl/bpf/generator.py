@@ -76,6 +76,15 @@ def _template() -> _Template:
     )
 
 
+def build() -> bytes:
+    """The digest of the programs that this version generates, as :attr:`Contents.build`.
+
+    Raises:
+        CompilerError: the template is not in the cache, and clang cannot make it.
+    """
+    return _template().build
+
+
 def generate(pod: PodRef | None, limits: Limits) -> bytes:
     """The object of a limiter with these limits, and for this pod where it is known already.
 

@@ -12,6 +12,9 @@ from typing import Final, Self
 LAYOUT: Final = 1
 SHIFT_BITS: Final = 6
 RATIO_SHIFT: Final = 24
+# What only the programs read: the clocks with their mean, and struct bpfrl_socket.
+STATE_BYTES: Final = 136
+SOCKET_BYTES: Final = 16
 EGRESS: Final = 0
 INGRESS: Final = 1
 

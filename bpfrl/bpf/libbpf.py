@@ -22,18 +22,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple, NoReturn, Self, TypeVar
 
-from bpfrl.errors import KernelError, PermissionDeniedError
+from bpfrl.errors import InvalidObjectError, KernelError, PermissionDeniedError, VerifierError
 
 Data = TypeVar("Data", bound=Structure)
 
 _LOG_BYTES: Final = 1 << 20
 _LOG_LINES: Final = 3
+_NAMES: Final = 3
+_OBJECT_NAME: Final = b"bpfrl"
 _READ_BYTES: Final = 1 << 16
 
 
 # linux/bpf.h
-_MAP_TYPE_ARRAY: Final = 2
-_MAP_TYPE_PERCPU_ARRAY: Final = 6
 _LINK_TYPE_CGROUP: Final = 3
 _QUERY_EFFECTIVE: Final = 1
 # The kernel lets 64 programs attach to one cgroup (BPF_CGROUP_MAX_PROGS); the levels above add theirs.
@@ -47,6 +47,42 @@ class AttachType(IntEnum):
     CGROUP_INET_EGRESS = 1
     CGROUP_SOCK_OPS = 3
     TRACE_ITER = 28
+
+
+class ProgramType(IntEnum):
+    """enum bpf_prog_type (linux/bpf.h), as far as bpfrl loads."""
+
+    CGROUP_SKB = 8
+    SOCK_OPS = 13
+
+
+class MapType(IntEnum):
+    """enum bpf_map_type (linux/bpf.h), as far as bpfrl makes."""
+
+    ARRAY = 2
+    PERCPU_ARRAY = 6
+    SK_STORAGE = 24
+
+
+class MapShape(NamedTuple):
+    """What a map is made as; sizes in byte."""
+
+    kind: int
+    key_size: int
+    value_size: int
+    entries: int
+
+
+class Shape(NamedTuple):
+    """Everything that an object holds for the kernel.
+
+    Attributes:
+        programs: by their functions' names, what each is and where it may attach.
+        maps: by their names or their sections'.
+    """
+
+    programs: Mapping[str, tuple[int, int]]
+    maps: Mapping[str, MapShape]
 
 
 class _OpenOptions(Structure):
@@ -109,7 +145,18 @@ _PROTOTYPES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "bpf_object__close": (None, (c_void_p,)),
     "bpf_object__find_program_by_name": (c_void_p, (c_void_p, c_char_p)),
     "bpf_object__find_map_by_name": (c_void_p, (c_void_p, c_char_p)),
+    "bpf_object__next_program": (c_void_p, (c_void_p, c_void_p)),
+    "bpf_object__next_map": (c_void_p, (c_void_p, c_void_p)),
+    "bpf_program__name": (c_char_p, (c_void_p,)),
+    "bpf_program__type": (c_int, (c_void_p,)),
+    "bpf_program__expected_attach_type": (c_int, (c_void_p,)),
     "bpf_program__fd": (c_int, (c_void_p,)),
+    "bpf_map__name": (c_char_p, (c_void_p,)),
+    "bpf_map__type": (c_int, (c_void_p,)),
+    "bpf_map__key_size": (c_uint32, (c_void_p,)),
+    "bpf_map__value_size": (c_uint32, (c_void_p,)),
+    "bpf_map__max_entries": (c_uint32, (c_void_p,)),
+    "bpf_map__pin_path": (c_char_p, (c_void_p,)),
     "bpf_map__fd": (c_int, (c_void_p,)),
     "bpf_map__reuse_fd": (c_int, (c_void_p, c_int)),
     "bpf_obj_pin": (c_int, (c_int, c_char_p)),
@@ -146,22 +193,34 @@ class Descriptor:
 class LoadedObject:
     """The programs and maps of an object in the kernel, until its context ends or something pins them."""
 
-    def __init__(self, image: bytes, reuse: Mapping[str, Descriptor] | None = None) -> None:
-        """Load every program and make every map but those in ``reuse``, which are taken instead."""
+    def __init__(self, image: bytes, reuse: Mapping[str, Descriptor] | None = None, shape: Shape | None = None) -> None:
+        """Load every program and make every map but those in ``reuse``, which are taken instead.
+
+        Args:
+            image: the object.
+            reuse: maps that are there already, by name.
+            shape: what it must hold, no less and no more, if that is not known for certain.
+
+        Raises:
+            InvalidObjectError: it does not have that shape; nothing of it has gone to the kernel.
+            VerifierError: the kernel does not take its programs.
+        """
         lib = _lib()
         log = ctypes.create_string_buffer(_LOG_BYTES)
-        options = _OpenOptions(object_name=b"bpfrl", kernel_log_buf=ctypes.addressof(log), kernel_log_size=len(log))
+        options = _OpenOptions(object_name=_OBJECT_NAME, kernel_log_buf=ctypes.addressof(log), kernel_log_size=len(log))
         options.sz = ctypes.sizeof(options)
         with ExitStack() as undo:
             self._object = lib.bpf_object__open_mem(image, len(image), byref(options))
             if not self._object:
                 _fail("open the BPF object")
             undo.callback(lib.bpf_object__close, self._object)
+            if shape:
+                _compare(self._object, shape)
             for name, descriptor in (reuse or {}).items():
                 handle = lib.bpf_object__find_map_by_name(self._object, name.encode())
                 _check(lib.bpf_map__reuse_fd(handle, descriptor.number) if handle else -1, f"keep the map {name}")
             if lib.bpf_object__load(self._object) < 0:
-                _fail("load the BPF programs", _last_lines(log.value.decode(errors="replace")))
+                _refused(_last_lines(log.value.decode(errors="replace")))
             undo.pop_all()
 
     def __enter__(self) -> Self:
@@ -241,7 +300,7 @@ def attached(target: int, kind: AttachType, *, effective: bool) -> dict[int, str
 def read(array: Descriptor, index: int, kind: type[Data]) -> Data:
     """The value at an index of an array map."""
     value = kind()
-    _expect(array, _MAP_TYPE_ARRAY, ctypes.sizeof(kind))
+    _expect(array, MapType.ARRAY, ctypes.sizeof(kind))
     _check(_lib().bpf_map_lookup_elem(array.number, byref(c_uint32(index)), byref(value)), "read a map")
     return value
 
@@ -249,14 +308,14 @@ def read(array: Descriptor, index: int, kind: type[Data]) -> Data:
 def read_per_cpu(array: Descriptor, index: int, kind: type[Data]) -> list[Data]:
     """The values at an index of a per-CPU array map, one for each possible CPU."""
     values = (kind * _check(_lib().libbpf_num_possible_cpus(), "count the CPUs"))()
-    _expect(array, _MAP_TYPE_PERCPU_ARRAY, ctypes.sizeof(kind))
+    _expect(array, MapType.PERCPU_ARRAY, ctypes.sizeof(kind))
     _check(_lib().bpf_map_lookup_elem(array.number, byref(c_uint32(index)), byref(values)), "read a map")
     return list(values)
 
 
 def write(array: Descriptor, index: int, value: Structure) -> None:
     """Replace the value at an index of an array map."""
-    _expect(array, _MAP_TYPE_ARRAY, ctypes.sizeof(value))
+    _expect(array, MapType.ARRAY, ctypes.sizeof(value))
     _check(_lib().bpf_map_update_elem(array.number, byref(c_uint32(index)), byref(value), 0), "write a map")
 
 
@@ -289,11 +348,48 @@ def _check(result: int, action: str) -> int:
     return result
 
 
-def _fail(action: str, details: str = "") -> NoReturn:
+def _fail(action: str) -> NoReturn:
     number = ctypes.get_errno()
-    if number in (errno.EPERM, errno.EACCES) and not details:
+    if number in (errno.EPERM, errno.EACCES):
         raise PermissionDeniedError(f"cannot {action}: this needs root (CAP_BPF, CAP_NET_ADMIN and CAP_SYS_ADMIN)")
-    raise KernelError(f"cannot {action}: {os.strerror(number)}{details and f' ({details})'}")
+    raise KernelError(f"cannot {action}: {os.strerror(number)}")
+
+
+def _refused(verdict: str) -> NoReturn:
+    """The load failed: for the programs' sake if the verifier has something to say."""
+    if not verdict:
+        _fail("load the BPF programs")
+    raise VerifierError(f"the kernel refuses the BPF programs: {verdict}")
+
+
+def _compare(opened: int, shape: Shape) -> None:
+    programs, maps, pinned = _contents(opened)
+    if programs != shape.programs or maps != shape.maps or pinned:
+        strange = {*(programs.items() ^ shape.programs.items()), *(maps.items() ^ shape.maps.items())}
+        names = sorted({name for name, _ in strange} | pinned)
+        raise InvalidObjectError(f"not the programs and maps of a limiter: {', '.join(names[:_NAMES])}")
+
+
+def _contents(opened: int) -> tuple[dict[str, tuple[int, int]], dict[str, MapShape], set[str]]:
+    """Programs and maps of an object that is open and not loaded, and which maps want to be pinned somewhere."""
+    lib = _lib()
+    programs, maps, pinned = {}, {}, set()
+    handle = None
+    while handle := lib.bpf_object__next_program(opened, handle):
+        name = lib.bpf_program__name(handle).decode(errors="replace")
+        programs[name] = (lib.bpf_program__type(handle), lib.bpf_program__expected_attach_type(handle))
+    while handle := lib.bpf_object__next_map(opened, handle):
+        # libbpf puts the object's name before some sections' names.
+        name = lib.bpf_map__name(handle).decode(errors="replace").removeprefix(_OBJECT_NAME.decode())
+        maps[name] = MapShape(
+            lib.bpf_map__type(handle),
+            lib.bpf_map__key_size(handle),
+            lib.bpf_map__value_size(handle),
+            lib.bpf_map__max_entries(handle),
+        )
+        if lib.bpf_map__pin_path(handle):
+            pinned.add(name)
+    return programs, maps, pinned
 
 
 def _last_lines(log: str) -> str:

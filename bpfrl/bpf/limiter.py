@@ -11,15 +11,28 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from ctypes import sizeof
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Final
 
 from bpfrl import cgroup
 from bpfrl.bpf import generator, law, libbpf, sockets
-from bpfrl.bpf.layout import EGRESS, INGRESS, LAYOUT, Counters, CountersData, IdentityData, LimitsData
-from bpfrl.bpf.libbpf import AttachType, Descriptor, LoadedObject
+from bpfrl.bpf.layout import (
+    EGRESS,
+    INGRESS,
+    LAYOUT,
+    SOCKET_BYTES,
+    STATE_BYTES,
+    Counters,
+    CountersData,
+    IdentityData,
+    LimitsData,
+)
+from bpfrl.bpf.libbpf import AttachType, Descriptor, LoadedObject, MapShape, MapType, ProgramType, Shape
 from bpfrl.errors import BpfrlError, BrokenLimiterError, KernelError
 from bpfrl.limits import Limits, PodRef
 
@@ -44,6 +57,21 @@ _STATE_MAPS: Final = (
     ("sockets", "sockets"),
 )
 _IDENTITY: Final = ("identity", ".rodata.identity")
+# Nothing else is loaded, whoever has sent it. The sizes are those of limiter.h and sockets.h.
+_SHAPE: Final = Shape(
+    programs={
+        "bpfrl_egress": (ProgramType.CGROUP_SKB, AttachType.CGROUP_INET_EGRESS),
+        "bpfrl_ingress": (ProgramType.CGROUP_SKB, AttachType.CGROUP_INET_INGRESS),
+        "bpfrl_sockops": (ProgramType.SOCK_OPS, AttachType.CGROUP_SOCK_OPS),
+    },
+    maps={
+        ".data.limits": MapShape(MapType.ARRAY, 4, sizeof(LimitsData), 1),
+        ".rodata.identity": MapShape(MapType.ARRAY, 4, sizeof(IdentityData), 1),
+        ".bss": MapShape(MapType.ARRAY, 4, STATE_BYTES, 1),
+        "counters": MapShape(MapType.PERCPU_ARRAY, 4, sizeof(CountersData), len((EGRESS, INGRESS))),
+        "sockets": MapShape(MapType.SK_STORAGE, 4, SOCKET_BYTES, 0),
+    },
+)
 _LINK: Final = "_link"
 _PINS: Final = frozenset(name for program, _, _ in _PROGRAMS for name in (program, program + _LINK)) | frozenset(
     name for name, _ in (*_STATE_MAPS, _IDENTITY)
@@ -51,6 +79,13 @@ _PINS: Final = frozenset(name for program, _, _ in _PROGRAMS for name in (progra
 # While programs are replaced, a pin's successor stands beside it for a moment.
 _OURS: Final = _PINS | {name + STAGED for name in _PINS}
 _REPEAT: Final = "attach the pod again to replace it, or detach it"
+
+
+class Stage(Enum):
+    """How far :func:`install` has come; when it returns, the limiter is attached."""
+
+    LOADED = "loaded"
+    PINNED = "pinned"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +99,7 @@ class Status:
         ingress: counted since attach.
         cgroup_id: where it is attached; 0 when that cgroup is gone.
         attached_at: when it was attached, seconds since the epoch.
+        build: the digest of its programs, as :attr:`generator.Contents.build`.
     """
 
     pod: PodRef
@@ -72,6 +108,7 @@ class Status:
     ingress: Counters
     cgroup_id: int
     attached_at: float
+    build: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +177,7 @@ class Limiter:
                 for direction in (EGRESS, INGRESS)
             )
         attached_at = (self.folder / ("egress" + _LINK)).stat().st_mtime
-        return Status(self.pod, self.limits, egress, ingress, self.cgroup_id, attached_at)
+        return Status(self.pod, self.limits, egress, ingress, self.cgroup_id, attached_at, self.build)
 
     def upgrade(self, image: bytes) -> None:
         """Put an object's programs in the place of the present ones, on the same maps.
@@ -150,7 +187,7 @@ class Limiter:
         """
         with ExitStack() as stack:
             kept = {symbol: stack.enter_context(self._open(name)) for name, symbol in _STATE_MAPS}
-            new = stack.enter_context(LoadedObject(image, reuse=kept))
+            new = stack.enter_context(LoadedObject(image, reuse=kept, shape=_SHAPE))
             for name, function, _ in _PROGRAMS:
                 libbpf.replace(stack.enter_context(self._open(name + _LINK)), new.program(function))
             pins = [(name, new.program(function)) for name, function, _ in _PROGRAMS]
@@ -170,10 +207,17 @@ class Limiter:
         return libbpf.open_pinned(self.folder / name)
 
 
-def install(image: bytes, path: Path, folder: Path) -> None:
+def install(image: bytes, path: Path, folder: Path, report: Callable[[Stage], None] = lambda _: None) -> None:
     """Attach a limiter's object to a cgroup and pin it as a folder, in the place of what is there.
 
+    Args:
+        image: the object.
+        path: the cgroup.
+        folder: the limiter's, in the bpffs.
+        report: told of each stage.
+
     Raises:
+        InvalidObjectError: the object holds other programs or maps than a limiter's.
         KernelError: the kernel refused some step; the limit is as it was.
         PermissionDeniedError: likewise, for want of privileges.
     """
@@ -182,19 +226,21 @@ def install(image: bytes, path: Path, folder: Path) -> None:
     with ExitStack() as stack:
         target = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         stack.callback(os.close, target)
-        loaded = stack.enter_context(LoadedObject(image))
+        loaded = stack.enter_context(LoadedObject(image, shape=_SHAPE))
         log.info("loaded the programs for %s", path)
+        report(Stage.LOADED)
         with ExitStack() as undo:
             staged.mkdir(mode=0o700)
             undo.callback(discard, staged)
             for name, symbol in (*_STATE_MAPS, _IDENTITY):
                 loaded.map(symbol).pin(staged / name)
+            for name, function, _ in _PROGRAMS:
+                loaded.program(function).pin(staged / name)
+            report(Stage.PINNED)
             for name, function, kind in _PROGRAMS:
                 if name == _SOCKOPS and folder.exists():
                     _stop_pacing(folder)
-                program = loaded.program(function)
-                program.pin(staged / name)
-                with libbpf.attach(program, target, kind) as link:
+                with libbpf.attach(loaded.program(function), target, kind) as link:
                     link.pin(staged / (name + _LINK))
             if folder.exists():
                 folder.rename(retired)

@@ -12,24 +12,26 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import Final
 
 from bpfrl import cgroup, libc
-from bpfrl.bpf import generator, limiter, sockets
-from bpfrl.bpf.limiter import Broken, Limiter, Status
+from bpfrl.bpf import generator, law, limiter, sockets
+from bpfrl.bpf.layout import LimitsData
+from bpfrl.bpf.limiter import Broken, Limiter, Stage, Status
 from bpfrl.errors import (
     AlreadyLimitedError,
     BpfrlError,
     BrokenLimiterError,
+    CgroupNotFoundError,
     InvalidValueError,
     KernelError,
+    NotLimitedError,
     PermissionDeniedError,
 )
-from bpfrl.limits import PodRef
+from bpfrl.limits import Change, Limits, PodRef
 from bpfrl.mounts import mounts
 
 log = logging.getLogger(__name__)
@@ -39,16 +41,6 @@ DEFAULT_BPFFS: Final = Path("/sys/fs/bpf")
 _LOCK_SECONDS: Final = 30.0
 _LOCK_POLL_SECONDS: Final = 0.005
 _MARK: Final = re.compile(rf"(?:{limiter.STAGED}|{limiter.RETIRED})$")
-
-
-class Change(Enum):
-    """What a call changed, in the past tense of its one-line report."""
-
-    ATTACHED = "limited"
-    UPDATED = "updated"
-    UNCHANGED = "unchanged"
-    DETACHED = "detached"
-    ABSENT = "not limited"
 
 
 class Agent:
@@ -61,7 +53,7 @@ class Agent:
     def __init__(self, bpffs: Path = DEFAULT_BPFFS) -> None:
         self.bpffs = bpffs
 
-    def attach(self, image: bytes, pod: PodRef, path: Path) -> Change:
+    def attach(self, image: bytes, pod: PodRef, path: Path, report: Callable[[Stage], None] = lambda _: None) -> Change:
         """Hold a pod to the limits of an object, from now on.
 
         A pod that has a limiter keeps it: its limits change by one write, and programs of another build are replaced
@@ -71,9 +63,12 @@ class Agent:
             image: what :func:`bpfrl.bpf.generator.generate` makes.
             pod: the pod; the object's own identity does not matter.
             path: the pod's cgroup.
+            report: told of each stage, where a new limiter is installed.
 
         Raises:
             InvalidObjectError: the object is no limiter.
+            VerifierError: the kernel does not take its programs; the limit is as it was.
+            CgroupNotFoundError: the cgroup has gone meanwhile.
             AlreadyLimitedError: a limiter under another name is on this cgroup, or on one above or below it.
             BrokenLimiterError: something else has put a folder where the limiter goes.
             KernelError: the kernel refused; the limit is as it was.
@@ -81,7 +76,7 @@ class Agent:
         contents = generator.inspect(image)
         sockets.prepare()
         self._mount()
-        with self._lock(fcntl.LOCK_EX):
+        with self._lock(fcntl.LOCK_EX), _present(path):
             folder = self._clean(pod.uid)
             current = _open(folder)
             if limiter.others(path, folder):
@@ -90,14 +85,39 @@ class Agent:
                     " bpfrl list -o wide shows it; detach it first"
                 )
             if current is None or current.cgroup_id != cgroup.id_of(path):
-                limiter.install(generator.relabel(image, contents, pod), path, folder)
+                limiter.install(generator.relabel(image, contents, pod), path, folder, report)
                 return Change.ATTACHED
-            if current.build != contents.build or (pod.name and current.pod != pod):
+            if not _runs(current, pod, contents.build):
                 current.upgrade(generator.relabel(image, contents, pod if pod.name else current.pod))
-            elif bytes(current.data) == bytes(contents.data):
-                return Change.UNCHANGED
-            current.data = contents.data
-            return Change.UPDATED
+                current.data = contents.data
+                return Change.UPDATED
+            return _set(current, contents.data)
+
+    def runs(self, pod: PodRef, path: Path, build: bytes) -> bool:
+        """True where a pod has the programs of a build on its cgroup, so that only its limits may have to change."""
+        if not self.is_mounted():
+            return False
+        with self._lock(fcntl.LOCK_SH), _present(path):
+            folder = self.bpffs / pod.uid
+            current = None if limiter.leftovers(folder) else _open(folder)
+            return current is not None and current.cgroup_id == cgroup.id_of(path) and _runs(current, pod, build)
+
+    def update(self, uid: str, limits: Limits) -> Change:
+        """Change the limits of a pod that has some, by one write: no gap, no new programs.
+
+        Raises:
+            InvalidValueError: this is no UID.
+            NotLimitedError: the pod has no limiter, or a broken one.
+            BrokenLimiterError: what is there was not made by bpfrl.
+            KernelError: the kernel refused.
+        """
+        folder = self.bpffs / PodRef(uid).uid
+        if self.is_mounted():
+            with self._lock(fcntl.LOCK_EX):
+                current = _open(folder)
+                if current is not None and current.cgroup_id:
+                    return _set(current, law.encode(limits))
+        raise NotLimitedError(f"pod {uid} has no limiter here to update: attach one")
 
     def detach(self, uid: str) -> Change:
         """Take a pod's limiter off, whole or broken; :attr:`Change.ABSENT` if it has none.
@@ -130,13 +150,11 @@ class Agent:
             return [self._look(uid) for uid in self._uids()]
 
     def sweep(self) -> list[str]:
-        """Remove the limiters whose cgroup is gone, and return their UIDs."""
+        """Remove the limiters whose cgroup is gone and what was cut off on its way in or out; return their UIDs."""
         if not self.is_mounted():
             return []
         with self._lock(fcntl.LOCK_EX):
-            found = [self._look(uid) for uid in self._uids()]
-            gone = [each.pod.uid for each in found if isinstance(each, Status) and not each.cgroup_id]
-            return [uid for uid in gone if self._detach(uid) is Change.DETACHED]
+            return [uid for uid in self._uids() if self._swept(uid)]
 
     def is_mounted(self) -> bool:
         """True where the bpffs is; without it there is no limiter.
@@ -151,6 +169,19 @@ class Agent:
         except PermissionError as error:
             raise _refused(f"look into {self.bpffs}", error) from error
         return f"{os.major(device)}:{os.minor(device)}" in {mount.device for mount in mounts("bpf")}
+
+    def _swept(self, uid: str) -> bool:
+        try:
+            left = bool(limiter.leftovers(self.bpffs / uid))
+            self._clean(uid)
+            found = self._look(uid)
+            gone = isinstance(found, Status) and not found.cgroup_id
+            if gone:
+                self._detach(uid)
+        except BpfrlError as error:
+            log.warning("cannot sweep %s: %s", self.bpffs / uid, error)
+            return False
+        return left or gone
 
     def _detach(self, uid: str) -> Change:
         left = bool(limiter.leftovers(self.bpffs / uid))
@@ -246,6 +277,28 @@ def _refused(action: str, error: OSError) -> KernelError | PermissionDeniedError
 def _refuse_foreign(folder: Path) -> None:
     if not limiter.is_ours(folder):
         raise BrokenLimiterError(f"{folder} holds what was not made by bpfrl: look at it, and remove it")
+
+
+@contextmanager
+def _present(path: Path) -> Iterator[None]:
+    """Pods end at any moment: what fails because the cgroup has gone says so."""
+    try:
+        yield
+    except (OSError, KernelError) as error:
+        if path.exists():
+            raise
+        raise CgroupNotFoundError(f"{path} has gone: the pod has ended") from error
+
+
+def _runs(current: Limiter, pod: PodRef, build: bytes) -> bool:
+    return current.build == build and (not pod.name or current.pod == pod)
+
+
+def _set(current: Limiter, data: LimitsData) -> Change:
+    if bytes(current.data) == bytes(data):
+        return Change.UNCHANGED
+    current.data = data
+    return Change.UPDATED
 
 
 def _open(folder: Path) -> Limiter | None:

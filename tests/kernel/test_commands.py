@@ -397,7 +397,7 @@ def test_what_the_verifier_rejects_leaves_nothing(bed: Lab, tmp_path: Path) -> N
     file.write_bytes(image)
     done = bed.bpfrl("attach", "--pod-uid", bed.pod_uid, "--object", str(file), check=False)
     assert done.returncode == 1
-    assert "cannot load the BPF programs" in done.stderr
+    assert "the kernel refuses the BPF programs" in done.stderr
     assert "invalid bpf_context access" in done.stderr
     assert done.stderr.count("\n") == 1
     assert attached(bed) == []

@@ -20,6 +20,10 @@ from bench.lab import Lab
 from bpfrl.bpf import generator, libbpf
 from bpfrl.bpf.layout import IdentityData
 from bpfrl.cli import cli
+from bpfrl.errors import KernelError
+from bpfrl.limits import Limits, PodRef
+from bpfrl.node.agent import Agent
+from bpfrl.units import Rate
 from tests.kernel.conftest import attached, items, only
 
 # Everything by which bpfrl changes the kernel's state.
@@ -122,6 +126,26 @@ def test_detach(bed: Lab) -> None:
     assert (attached(bed), entries(bed)) == ([], [])
 
 
+@pytest.mark.parametrize("command", [("attach", "--rate", "2mbit"), ("detach",)])
+def test_sweep(bed: Lab, command: tuple[str, ...]) -> None:
+    """It clears up after attach and detach, and does not touch a limiter that is whole."""
+    agent, swept, steps = Agent(bed.bpffs), 0, 1
+    if command[0] == "detach":
+        bed.bpfrl("attach", "--pod-uid", bed.pod_uid, "--rate", "1mbit")
+    while killed(bed, steps, *command, "--pod-uid", bed.pod_uid):
+        whole = bed.pod_uid in entries(bed)
+        cut_off = entries(bed) not in ([], [bed.pod_uid])
+        assert agent.sweep() == ([bed.pod_uid] if cut_off else [])
+        swept += cut_off
+        assert entries(bed) == ([bed.pod_uid] if whole else [])
+        assert len(attached(bed)) == (3 if whole else 0), f"left behind after step {steps}"
+        assert agent.sweep() == []
+        if command[0] == "detach":
+            bed.bpfrl("attach", "--pod-uid", bed.pod_uid, "--rate", "1mbit")
+        steps += 1
+    assert swept > 10
+
+
 def test_update_and_upgrade_never_leave_the_pod_without_its_limiter(bed: Lab, tmp_path: Path) -> None:
     objects = [tmp_path / "one.o", tmp_path / "two.o"]
     for mark, file in enumerate(objects):
@@ -164,11 +188,6 @@ def test_replacing_a_broken_limiter_leaves_no_moment_without_one(bed: Lab) -> No
 
 def test_a_kernel_that_refuses_any_step_leaves_everything_as_it_was(bed: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """No crash this time, but an error from each step of attach in turn."""
-    from bpfrl.errors import KernelError  # noqa: PLC0415
-    from bpfrl.limits import Limits, PodRef  # noqa: PLC0415
-    from bpfrl.node.agent import Agent  # noqa: PLC0415
-    from bpfrl.units import Rate  # noqa: PLC0415
-
     agent = Agent(bed.bpffs)
     image = generator.generate(None, Limits(Rate(10**6)))
     tried, descriptors = 0, None
@@ -177,12 +196,12 @@ def test_a_kernel_that_refuses_any_step_leaves_everything_as_it_was(bed: Lab, mo
         for fatal in range(1, 20):
             calls = 0
 
-            def refuse(*args: Any, fatal: int = fatal, real: Callable[..., Any] = real) -> Any:
+            def refuse(*args: Any, fatal: int = fatal, real: Callable[..., Any] = real, **kwargs: Any) -> Any:
                 nonlocal calls
                 calls += 1
                 if calls == fatal:
                     raise KernelError("refused")
-                return real(*args)
+                return real(*args, **kwargs)
 
             with monkeypatch.context() as patch:
                 patch.setattr(owner, name, refuse)

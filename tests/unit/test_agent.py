@@ -18,16 +18,19 @@ from bpfrl.bpf.layout import Counters, LimitsData
 from bpfrl.bpf.limiter import Broken, Status
 from bpfrl.errors import (
     AlreadyLimitedError,
+    BpfrlError,
     BrokenLimiterError,
+    CgroupNotFoundError,
     InvalidObjectError,
     InvalidValueError,
     KernelError,
+    NotLimitedError,
     PermissionDeniedError,
 )
-from bpfrl.limits import Limits, PodRef
+from bpfrl.limits import Change, Limits, PodRef
 from bpfrl.mounts import Mount
 from bpfrl.node import agent as module
-from bpfrl.node.agent import Agent, Change
+from bpfrl.node.agent import Agent
 from bpfrl.units import Rate
 from tests.unit.conftest import make
 
@@ -102,7 +105,9 @@ def plays(monkeypatch: pytest.MonkeyPatch) -> Plays:
         installed: Installed = []
         monkeypatch.setattr(module, "_open", lambda _: pinned)
         monkeypatch.setattr(
-            limiter, "install", lambda image, path, folder: installed.append((generator.inspect(image), path, folder))
+            limiter,
+            "install",
+            lambda image, path, folder, _: installed.append((generator.inspect(image), path, folder)),
         )
         return installed
 
@@ -239,6 +244,174 @@ def test_nothing_is_hidden_by_mounting_over_it(nowhere: Agent, tmp_path: Path) -
         nowhere.attach(generator.generate(None, SLOW), POD, tmp_path)
 
 
+@pytest.mark.parametrize("error", [KernelError("cannot attach: No such device"), OSError(2, "No such file")])
+def test_a_pod_that_ends_while_it_is_attached_is_told_from_other_trouble(
+    here: Agent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    pod = make(tmp_path / "pod")
+    ends = False
+
+    def install(*_: object) -> None:
+        if ends:
+            pod.rmdir()
+        raise error
+
+    monkeypatch.setattr(limiter, "install", install)
+    with pytest.raises(type(error)) as caught:
+        here.attach(generator.generate(None, SLOW), POD, pod)
+    assert caught.value is error
+    ends = True
+    with pytest.raises(CgroupNotFoundError, match=f"^{pod} has gone: the pod has ended$"):
+        here.attach(generator.generate(None, SLOW), POD, pod)
+
+
+# Update: one write, or nothing.
+
+
+@pytest.mark.parametrize(
+    ("present", "asked", "change", "done"),
+    [
+        (SLOW, SLOW, Change.UNCHANGED, []),
+        (FAST, FAST, Change.UNCHANGED, []),
+        (SLOW, FAST, Change.UPDATED, [FAST]),
+        (FAST, SLOW, Change.UPDATED, [SLOW]),
+        (FAST, Limits(), Change.UPDATED, [Limits()]),
+        (FAST, Limits(FAST.egress, FAST.ingress), Change.UPDATED, [Limits(FAST.egress, FAST.ingress)]),
+        (SLOW, Limits(None, SLOW.egress), Change.UPDATED, [Limits(None, SLOW.egress)]),
+    ],
+)
+@pytest.mark.parametrize("build", [None, bytes(32)])
+def test_an_update_writes_the_limits_and_leaves_the_programs_whatever_their_build(
+    here: Agent,
+    tmp_path: Path,
+    plays: Plays,
+    build: bytes | None,
+    present: Limits,
+    asked: Limits,
+    change: Change,
+    done: object,
+) -> None:
+    pinned = Pinned(tmp_path, present, build=build)
+    installed = plays(pinned)
+    assert here.update(UID, asked) is change
+    assert pinned.done == done
+    assert installed == []
+
+
+def test_an_update_writes_what_a_refined_law_makes_of_the_same_limits(
+    here: Agent, tmp_path: Path, plays: Plays
+) -> None:
+    pinned = Pinned(tmp_path, SLOW)
+    pinned.data.direction[0].drop_ns += 1
+    plays(pinned)
+    assert here.update(UID, SLOW) is Change.UPDATED
+    assert bytes(pinned.data) == bytes(law.encode(SLOW))
+
+
+def test_a_pod_whose_cgroup_is_gone_has_no_limit_to_update(here: Agent, tmp_path: Path, plays: Plays) -> None:
+    pinned = Pinned(tmp_path)
+    pinned.cgroup_id = 0
+    plays(pinned)
+    with pytest.raises(NotLimitedError, match=f"^pod {UID} has no limiter here to update: attach one$"):
+        here.update(UID, FAST)
+    assert pinned.done == []
+
+
+@pytest.mark.parametrize("pins", [None, (), ("egress",), ("limits", "state", "sockops", "identity")])
+def test_a_pod_without_a_whole_limiter_has_no_limit_to_update(here: Agent, pins: tuple[str, ...] | None) -> None:
+    if pins is not None:
+        folder = make(here.bpffs / UID)
+        for pin in pins:
+            folder.joinpath(pin).touch()
+    before = set(here.bpffs.rglob("*"))
+    with pytest.raises(NotLimitedError, match=f"pod {UID} has no limiter here"):
+        here.update(UID, SLOW)
+    assert set(here.bpffs.rglob("*")) == before
+
+
+def test_where_nothing_is_mounted_nothing_is_updated_nor_mounted(nowhere: Agent, tmp_path: Path) -> None:
+    make(nowhere.bpffs / UID)
+    for agent in (nowhere, Agent(tmp_path / "absent")):
+        with pytest.raises(NotLimitedError, match="no limiter here"):
+            agent.update(UID, SLOW)
+    assert not nowhere.is_mounted()
+
+
+@pytest.mark.parametrize("stranger", STRANGERS.values(), ids=STRANGERS)
+def test_what_something_else_made_is_no_limit_to_update(here: Agent, stranger: Callable[[Path], object]) -> None:
+    stranger(here.bpffs / UID)
+    before = set(here.bpffs.rglob("*"))
+    with pytest.raises(BrokenLimiterError, match="not made"):
+        here.update(UID, SLOW)
+    assert set(here.bpffs.rglob("*")) == before
+
+
+# Runs: whether there is anything to do but to write limits.
+
+
+@pytest.mark.parametrize(
+    ("pod", "present", "answer"),
+    [
+        (POD, POD, True),
+        (PodRef(UID), POD, True),
+        (PodRef(UID), PodRef(UID), True),
+        (POD, PodRef(UID), False),
+        (POD, PodRef(UID, "shop", "renamed"), False),
+        (POD, PodRef(UID, "moved", POD.name), False),
+    ],
+)
+def test_a_limiter_runs_where_the_pod_has_the_name_that_is_asked_for(
+    here: Agent, tmp_path: Path, plays: Plays, pod: PodRef, present: PodRef, answer: bool
+) -> None:
+    pinned = Pinned(tmp_path, SLOW, present)
+    plays(pinned)
+    assert here.runs(pod, tmp_path, pinned.build) is answer
+    assert not here.runs(pod, tmp_path, bytes(32))
+    assert not here.runs(pod, make(tmp_path / "another cgroup"), pinned.build)
+    pinned.cgroup_id = 0
+    assert not here.runs(pod, tmp_path, pinned.build)
+    assert pinned.done == []
+
+
+@pytest.mark.parametrize("mark", [limiter.STAGED, limiter.RETIRED])
+def test_a_limiter_with_leftovers_is_not_taken_to_run(here: Agent, tmp_path: Path, plays: Plays, mark: str) -> None:
+    pinned = Pinned(tmp_path)
+    plays(pinned)
+    make(here.bpffs / f"{OTHER_UID}{mark}")
+    assert here.runs(POD, tmp_path, pinned.build)
+    left = make(here.bpffs / f"{UID}{mark}")
+    assert not here.runs(POD, tmp_path, pinned.build)
+    assert left.exists()
+
+
+def test_where_there_is_no_whole_limiter_none_runs(here: Agent, tmp_path: Path) -> None:
+    build = generator.inspect(generator.generate(None, SLOW)).build
+    assert not here.runs(POD, tmp_path, build)
+    make(here.bpffs / UID).joinpath("egress").touch()
+    assert not here.runs(POD, tmp_path, build)
+
+
+def test_where_nothing_is_mounted_none_runs_and_nothing_is_mounted_for_it(
+    nowhere: Agent, tmp_path: Path, plays: Plays
+) -> None:
+    pinned = Pinned(tmp_path)
+    plays(pinned)
+    for agent in (nowhere, Agent(tmp_path / "absent")):
+        assert not agent.runs(POD, tmp_path, pinned.build)
+    assert not nowhere.is_mounted()
+
+
+def test_whether_a_limiter_runs_on_a_cgroup_that_has_gone_is_an_error(
+    here: Agent, tmp_path: Path, plays: Plays
+) -> None:
+    pod = make(tmp_path / "pod")
+    pinned = Pinned(pod)
+    plays(pinned)
+    pod.rmdir()
+    with pytest.raises(CgroupNotFoundError, match=f"^{pod} has gone: the pod has ended$"):
+        here.runs(POD, pod, pinned.build)
+
+
 # Detach.
 
 
@@ -268,6 +441,8 @@ def test_what_is_no_uid_reaches_no_folder(here: Agent, uid: str) -> None:
     make(here.bpffs / "x")
     with pytest.raises(InvalidValueError, match="is no pod UID"):
         here.detach(uid)
+    with pytest.raises(InvalidValueError, match="is no pod UID"):
+        here.update(uid, SLOW)
     assert len(list(here.bpffs.iterdir())) == 2
 
 
@@ -372,6 +547,74 @@ def test_sweeping_detaches_those_whose_cgroup_is_gone_and_no_other(
     assert sorted(path.name for path in here.bpffs.iterdir()) == [OTHER_UID, "cgroup-7"]
 
 
+@pytest.mark.parametrize("marks", [(limiter.STAGED,), (limiter.RETIRED,), (limiter.STAGED, limiter.RETIRED)])
+@pytest.mark.parametrize("pins", [(), ("egress", "state")])
+def test_sweeping_removes_what_was_cut_off_and_keeps_the_limiter_beside_it(
+    here: Agent, monkeypatch: pytest.MonkeyPatch, marks: tuple[str, ...], pins: tuple[str, ...]
+) -> None:
+    for mark in marks:
+        folder = make(here.bpffs / f"{UID}{mark}")
+        for pin in pins:
+            folder.joinpath(pin).touch()
+    rest = [make(here.bpffs / name) for name in (OTHER_UID, UID, "cilium", "theirs~new")]
+    found = {UID: status(UID, 7), OTHER_UID: status(OTHER_UID, 8)}
+    monkeypatch.setattr(here, "_look", found.__getitem__)
+    assert here.sweep() == [UID]
+    assert sorted(here.bpffs.iterdir()) == sorted(rest)
+    assert here.sweep() == []
+
+
+def test_sweeping_removes_a_limiter_that_was_cut_off_and_whose_cgroup_is_gone_once(
+    here: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(here.bpffs / UID)
+    make(here.bpffs / f"{UID}{limiter.STAGED}")
+    monkeypatch.setattr(here, "_look", {UID: status(UID, 0)}.__getitem__)
+    assert here.sweep() == [UID]
+    assert list(here.bpffs.iterdir()) == []
+
+
+TROUBLE: dict[str, Callable[[Path], object]] = {
+    "what was cut off holds theirs too": lambda folder: make(folder.with_name(f"{folder.name}~new") / "theirs"),
+    "what was cut off is a link": lambda folder: folder.with_name(f"{folder.name}~old").symlink_to("nowhere"),
+    "the limiter holds theirs too": lambda folder: folder.joinpath("theirs").mkdir(),
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLE.values(), ids=TROUBLE)
+def test_sweeping_goes_on_past_one_that_cannot_be_swept_and_says_so(
+    here: Agent, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, trouble: Callable[[Path], object]
+) -> None:
+    found = {OTHER_UID: status(OTHER_UID, 0), UID: status(UID, 0), "cgroup-7": status("cgroup-7", 0)}
+    for uid in found:
+        make(here.bpffs / uid)
+    trouble(here.bpffs / OTHER_UID)
+    monkeypatch.setattr(here, "_look", found.__getitem__)
+    assert here.sweep() == [UID, "cgroup-7"]
+    assert {path.name[: len(OTHER_UID)] for path in here.bpffs.iterdir()} == {OTHER_UID}
+    assert f"cannot sweep {here.bpffs / OTHER_UID}: " in caplog.text
+
+
+@pytest.mark.parametrize("error", [KernelError("cannot detach: played"), BrokenLimiterError("played")])
+def test_sweeping_goes_on_past_one_that_the_kernel_keeps(
+    here: Agent, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: BpfrlError
+) -> None:
+    removed: list[str] = []
+
+    def remove(folder: Path) -> None:
+        if folder.name == OTHER_UID:
+            raise error
+        removed.append(folder.name)
+
+    found = {OTHER_UID: status(OTHER_UID, 0), UID: status(UID, 0)}
+    for uid in found:
+        make(here.bpffs / uid)
+    monkeypatch.setattr(here, "_look", found.__getitem__)
+    monkeypatch.setattr(limiter, "remove", remove)
+    assert here.sweep() == removed == [UID]
+    assert f"cannot sweep {here.bpffs / OTHER_UID}: {error}" in caplog.text
+
+
 def test_sweeping_where_nothing_is_mounted_finds_nothing(nowhere: Agent) -> None:
     make(nowhere.bpffs / UID)
     assert nowhere.sweep() == []
@@ -402,6 +645,20 @@ def test_a_change_waits_for_everyone_else(here: Agent, other: int) -> None:
 
 def test_a_look_waits_for_a_change(here: Agent) -> None:
     waits_for(here, fcntl.LOCK_EX, here.limiters)
+
+
+@pytest.mark.parametrize("other", [fcntl.LOCK_SH, fcntl.LOCK_EX])
+def test_an_update_waits_for_everyone_else(here: Agent, tmp_path: Path, plays: Plays, other: int) -> None:
+    plays(Pinned(tmp_path))
+    waits_for(here, other, lambda: here.update(UID, FAST))
+
+
+def test_whether_a_limiter_runs_waits_for_a_change_only(here: Agent, tmp_path: Path, plays: Plays) -> None:
+    pinned = Pinned(tmp_path)
+    plays(pinned)
+    with locked(here.bpffs, fcntl.LOCK_SH):
+        assert here.runs(POD, tmp_path, pinned.build)
+    waits_for(here, fcntl.LOCK_EX, lambda: here.runs(POD, tmp_path, pinned.build))
 
 
 def waits_for(here: Agent, other: int, call: Callable[[], object]) -> None:
@@ -439,6 +696,12 @@ def test_the_limiters_of_a_bpffs_that_one_may_not_enter_need_root(here: Agent, m
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "open", refuse)
-    for call in (here.limiters, here.sweep, lambda: here.detach(UID)):
+    for call in (
+        here.limiters,
+        here.sweep,
+        lambda: here.detach(UID),
+        lambda: here.update(UID, SLOW),
+        lambda: here.runs(POD, here.bpffs, b""),
+    ):
         with pytest.raises(PermissionDeniedError, match=f"^cannot open {here.bpffs}: this needs root$"):
             call()

@@ -4,14 +4,15 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from bpfrl import cgroup
-from bpfrl.cgroup import CgroupTree
+from bpfrl.cgroup import CgroupTree, Search
 from bpfrl.errors import AmbiguousCgroupError, CgroupNotFoundError, InvalidValueError
 from bpfrl.mounts import mounts
 from tests.unit.conftest import make
@@ -89,7 +90,9 @@ def test_the_root_may_itself_be_the_folder_that_holds_pods(tmp_path: Path, folde
 
 @pytest.mark.parametrize("folder", STRANGERS.values(), ids=STRANGERS)
 def test_what_no_kubelet_makes_is_not_taken_for_the_pod(tmp_path: Path, folder: str) -> None:
-    with pytest.raises(CgroupNotFoundError, match=f"no cgroup for pod {UID} under {tmp_path}.*--wait"):
+    with pytest.raises(
+        CgroupNotFoundError, match=rf"no cgroup for pod {UID} under {tmp_path}: is it running on this node\?$"
+    ):
         tree(tmp_path, folder).find(UID)
 
 
@@ -189,6 +192,148 @@ def test_waiting_ends_without_the_pod_when_the_time_is_over(tmp_path: Path, seco
     with pytest.raises(CgroupNotFoundError, match="no cgroup"):
         CgroupTree(tmp_path).wait(UID, seconds)
     assert not time.monotonic() - started < seconds
+
+
+class Clock:
+    """Time that passes only where somebody sleeps, and in which something may happen."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.slept: list[float] = []
+        self.plans: list[tuple[float, Callable[[], object]]] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+        for plan in self.plans[:]:
+            when, do = plan
+            if self.now >= when:
+                self.plans.remove(plan)
+                do()
+
+    def after(self, seconds: float, do: Callable[[], object]) -> None:
+        self.plans.append((self.now + seconds, do))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    played = Clock()
+    monkeypatch.setattr(cgroup, "time", played)
+    return played
+
+
+@pytest.fixture
+def walks(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """When the whole tree was walked."""
+    walked: list[float] = []
+    real = cgroup._parents
+
+    def parents(root: Path) -> Iterator[Path]:
+        walked.append(clock.now)
+        return real(root)
+
+    monkeypatch.setattr(cgroup, "_parents", parents)
+    return walked
+
+
+@pytest.mark.parametrize(
+    ("beside", "made_after", "longest"),
+    [
+        # Beside other pods it is found within a tenth of the time that it took, elsewhere with the next walk.
+        (True, 0.001, 0.002),
+        (True, 0.05, 0.007),
+        (True, 0.4, 0.05),
+        (True, 7.0, 0.1),
+        (False, 0.05, 0.5),
+        (False, 0.7, 0.4),
+        (False, 7.2, 0.5 + 0.1),
+    ],
+)
+def test_a_pod_that_appears_later_is_found_soon(
+    tmp_path: Path, clock: Clock, beside: bool, made_after: float, longest: float
+) -> None:
+    if beside:
+        make(tmp_path / f"kubepods/pod{OTHER_UID}")
+    pod = tmp_path / f"kubepods/pod{UID}"
+    due = clock.now + made_after
+    clock.after(made_after, lambda: make(pod))
+    search = Search(CgroupTree(tmp_path), UID, 30)
+    while (found := search.look()) is None:
+        clock.sleep(search.pause())
+    assert found == pod
+    assert 0 <= clock.now - due < longest + 1e-9
+
+
+@pytest.mark.parametrize("seconds", [0.001, 0.3, 5.0, 60.0])
+def test_pauses_grow_to_a_tenth_of_a_second_and_never_reach_beyond_the_end(
+    tmp_path: Path, clock: Clock, seconds: float
+) -> None:
+    end = clock.now + seconds
+    with pytest.raises(CgroupNotFoundError, match=f"no cgroup for pod {UID}"):
+        CgroupTree(tmp_path).wait(UID, seconds)
+    assert clock.now == pytest.approx(end)
+    # What floats leave of the time comes after the last pause proper.
+    *growing, _ = [pause for pause in clock.slept if pause > 1e-6]
+    assert growing == sorted(growing)
+    assert clock.slept[0] == pytest.approx(min(0.002, seconds))
+    assert max(clock.slept) <= 0.1
+    assert (max(clock.slept) == 0.1) == (seconds > 1.1)
+
+
+def test_a_pause_that_is_overslept_leaves_one_last_look(tmp_path: Path, clock: Clock) -> None:
+    search = Search(CgroupTree(tmp_path), UID, 1)
+    assert search.look() is None
+    clock.sleep(100)
+    assert search.pause() == 0
+    with pytest.raises(CgroupNotFoundError, match="no cgroup"):
+        search.look()
+
+
+def test_the_whole_tree_is_walked_at_most_twice_a_second(tmp_path: Path, clock: Clock, walks: list[float]) -> None:
+    with pytest.raises(CgroupNotFoundError):
+        CgroupTree(tmp_path).wait(UID, 10)
+    assert walks[0] == 1000
+    assert walks[-1] == clock.now
+    between = [after - before for before, after in pairwise(walks[:-1])]
+    assert all(0.5 <= pause <= 0.6 + 1e-9 for pause in between)
+    assert len(walks) >= 10 / 0.6
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])
+def test_without_time_a_search_is_one_look_everywhere(
+    tmp_path: Path, clock: Clock, walks: list[float], seconds: float
+) -> None:
+    with pytest.raises(CgroupNotFoundError, match="no cgroup"):
+        CgroupTree(tmp_path).wait(UID, seconds)
+    assert (len(walks), clock.slept) == (1, [])
+    pod = make(tmp_path / LAYOUTS["kind burstable"])
+    assert CgroupTree(tmp_path).wait(UID, seconds) == pod
+    assert (len(walks), clock.slept) == (2, [])
+
+
+def test_the_last_look_goes_everywhere_whenever_the_last_walk_was(
+    tmp_path: Path, clock: Clock, walks: list[float]
+) -> None:
+    pod = tmp_path / LAYOUTS["systemd besteffort"]
+    clock.after(0.25, lambda: make(pod))
+    assert CgroupTree(tmp_path).wait(UID, 0.3) == pod
+    assert walks == pytest.approx([1000, 1000.3])
+
+
+def test_a_look_without_a_survey_sees_known_parents_only(tmp_path: Path, walks: list[float]) -> None:
+    here = tree(tmp_path, f"kubepods/pod{OTHER_UID}", LAYOUTS["kind burstable"])
+    with pytest.raises(CgroupNotFoundError):
+        here.find(OTHER_UID, survey=False)
+    assert walks == []
+    here.find(OTHER_UID)
+    assert here.find(UID, survey=False) == tmp_path / LAYOUTS["kind burstable"]
+    make(tmp_path / f"kubepods/burstable/pod{STATIC_UID}")
+    with pytest.raises(CgroupNotFoundError):
+        here.find(STATIC_UID, survey=False)
+    assert len(walks) == 1
 
 
 # Tables as the kernel writes them, and where pods are to be looked for.

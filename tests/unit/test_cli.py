@@ -27,8 +27,8 @@ from bpfrl.bpf.layout import Counters
 from bpfrl.bpf.limiter import Broken, Status
 from bpfrl.cli import cli
 from bpfrl.errors import BpfrlError, BrokenLimiterError, CompilerError, KernelError, PermissionDeniedError
-from bpfrl.limits import Limits, PodRef
-from bpfrl.node.agent import Agent, Change
+from bpfrl.limits import Change, Limits, PodRef
+from bpfrl.node.agent import Agent
 from bpfrl.units import Rate
 from tests.unit.conftest import forget_programs, make
 
@@ -102,7 +102,7 @@ def test_every_command_explains_itself_and_each_of_its_options(command: Sequence
 
 
 def test_the_commands_are_those_that_operators_know() -> None:
-    assert sorted(cli.commands) == ["attach", "detach", "generate", "list"]
+    assert sorted(cli.commands) == ["attach", "certs", "detach", "generate", "list", "serve-master", "serve-node"]
 
 
 def test_without_a_command_it_shows_the_help_and_fails() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 from decimal import ROUND_CEILING, Decimal
 from itertools import product
@@ -133,6 +134,20 @@ SIZES = {
     "7Ei": 7 * 2**60,
     " 64Ki ": 65_536,
 }
+# What an annotation may hold, and tc's forms, which it may not.
+ANNOTATIONS = {
+    "500k": 500_000,
+    "1G": 10**9,
+    "0.5G": 500_000_000,
+    "1k": Rate.MIN_BITS,
+    "1P": Rate.MAX_BITS,
+}
+NO_ANNOTATIONS = {
+    **dict.fromkeys(NO_NUMBER, "is not a positive number"),
+    **dict.fromkeys((*OVERFLOWING, "0", "0M", "1", "999", "0.9k", "2P", "1Pi", "1E", "1Ei", "10m"), "is out of range"),
+    **dict.fromkeys((*TC_RATES, "10Mbit", "9e999tbit", *NO_UNIT), "has no known unit"),
+    **dict.fromkeys(AMBIGUOUS, "may mean bits or bytes"),
+}
 KILOBYTES = ("64kb", "64KB", "64Kb", "1mb", "1MB", "2gb", "2GB", "1TB")
 NO_SIZE = ("64K", "64KiB", "64kib", "1b", "1B", "1m", "5u", "5n", "1mbit", "1kbit", "1x", "1bps")
 
@@ -148,10 +163,10 @@ def short(text: str) -> str:
     return ascii(text[:30])
 
 
-def refusal(text: str) -> str:
+def refusal(text: str, parse: Callable[[str], Rate] = Rate.parse) -> str:
     """Why a text is no rate, which is one line that can be shown anywhere."""
     with pytest.raises(InvalidValueError) as caught:
-        Rate.parse(text)
+        parse(text)
     return one_line(caught.value)
 
 
@@ -216,6 +231,28 @@ def test_bits_or_bytes_is_asked_back_with_the_bits_spelled_out(text: str, bits: 
     assert Rate.parse(bits)
 
 
+@pytest.mark.parametrize(("text", "bits"), (QUANTITY_RATES | ANNOTATIONS).items())
+def test_an_annotation_is_a_quantity(text: str, bits: int) -> None:
+    assert Rate.parse_quantity(text) == Rate(bits)
+
+
+@pytest.mark.parametrize(("text", "reason"), NO_ANNOTATIONS.items(), ids=short)
+def test_an_annotation_that_is_none_is_refused_with_the_forms_that_it_may_have(text: str, reason: str) -> None:
+    told = refusal(text, Rate.parse_quantity)
+    assert reason in told
+    # What was written is repeated; what is said of it must not suggest what would be refused again.
+    said = told.partition(reason)[2]
+    assert ("10M, 500k, 2G" in said) != ("must be 1k to 1P" in said)
+    assert "kbit" not in said
+    assert "mbit" not in said
+
+
+@pytest.mark.parametrize(("text", "meant"), [("10m", "10M"), ("0.5m", "0.5M"), ("999000m", "999000M")])
+def test_thousandths_in_an_annotation_are_taken_for_a_slip_too(text: str, meant: str) -> None:
+    assert refusal(text, Rate.parse_quantity).endswith(f"must be 1k to 1P; 'm' is a thousandth, did you mean {meant}?")
+    assert Rate.parse_quantity(meant)
+
+
 def test_the_bounds_are_rates_and_their_neighbours_are_not() -> None:
     assert Rate.parse("1kbit") == Rate(Rate.MIN_BITS) == Rate(1_000)
     assert Rate.parse("1000tbit") == Rate(Rate.MAX_BITS) == Rate(10**15)
@@ -248,12 +285,14 @@ def test_what_a_rate_prints_reads_back_the_same(bits: int) -> None:
 
 @given(st.text(st.characters(), max_size=80) | st.text("0123456789.eE+-kMGbitps/ \n", max_size=20))
 def test_any_text_is_a_rate_or_refused_in_one_line(text: str) -> None:
-    try:
-        rate = Rate.parse(text)
-    except InvalidValueError as error:
-        one_line(error)
-    else:
-        assert Rate.MIN_BITS <= rate.bits <= Rate.MAX_BITS
+    for parse in (Rate.parse, Rate.parse_quantity):
+        try:
+            rate = parse(text)
+        except InvalidValueError as error:
+            one_line(error)
+        else:
+            assert Rate.MIN_BITS <= rate.bits <= Rate.MAX_BITS
+            assert Rate.parse(text) == rate
 
 
 @given(numbers, suffixes)
@@ -266,9 +305,10 @@ def test_quantities_mean_what_the_kubernetes_client_makes_of_them(number: str, s
     expected = int(value.to_integral_value(rounding=ROUND_CEILING))
 
     if Rate.MIN_BITS <= expected <= Rate.MAX_BITS:
-        assert Rate.parse(text) == Rate(expected)
+        assert Rate.parse(text) == Rate.parse_quantity(text) == Rate(expected)
     else:
         assert "out of range" in refusal(text)
+        assert "out of range" in refusal(text, Rate.parse_quantity)
     if suffix in ("n", "u", "m"):
         assert "no known unit" in size_refusal(text)
     elif expected < 2**63:

@@ -1,0 +1,278 @@
+"""A test bed with a control plane and several nodes, all of them real processes on one machine.
+
+    namespace TAG             10.78.0.1  ── bridge ── API servers, masters
+    namespace TAG-node-0      10.78.0.10 ── veth ──┘  serve-node, with a bpffs and a cgroup tree of its own
+    namespace TAG-node-1      10.78.0.11 ── veth ──┘  ...
+
+A node's pods are cgroups laid out as the kubelet's systemd driver does; :meth:`Node.start_pod` plays the kubelet.
+TLS is real, by ``bpfrl certs init``. Everything carries this process's id in its name and is gone when the context ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from bench.lab import BPFRL
+from bpfrl import cgroup
+
+CONTROL_ADDRESS: Final = "10.78.0.1"
+NODE_PORT: Final = 10002
+_NODE_ADDRESS: Final = "10.78.0.{}"
+_FIRST_NODE: Final = 10
+_STOP_SECONDS: Final = 30.0
+_START_SECONDS: Final = 30.0
+_POLL_SECONDS: Final = 0.02
+_QOS: Final = {"Guaranteed": "", "Burstable": "-burstable", "BestEffort": "-besteffort"}
+
+
+@dataclass
+class Daemon:
+    """A process that may be ended and started again; its log is one file throughout."""
+
+    command: list[str]
+    environment: dict[str, str]
+    log: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it, if it does not run."""
+        if self.process is None:
+            with self.log.open("ab") as log:
+                self.process = subprocess.Popen(
+                    self.command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                )
+
+    def kill(self) -> None:
+        """End it as a crash does."""
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> int:
+        """End it as a service manager does, and return its exit status."""
+        return self._end(signal.SIGTERM)
+
+    def restart(self) -> None:
+        """Kill it and start it again."""
+        self.kill()
+        self.start()
+
+    def output(self) -> str:
+        """Everything that it has logged."""
+        return self.log.read_text() if self.log.exists() else ""
+
+    def memory(self) -> int:
+        """Its resident memory, byte."""
+        if self.process is None:
+            raise RuntimeError("it does not run")
+        pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    def _end(self, number: signal.Signals) -> int:
+        process, self.process = self.process, None
+        if process is None:
+            return 0
+        process.send_signal(number)
+        try:
+            return process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise
+
+
+@dataclass
+class Node:
+    """One node: its daemon, its pods' cgroups and its bpffs."""
+
+    name: str
+    address: str
+    namespace: str
+    cgroup_root: Path
+    bpffs: Path
+    daemon: Daemon
+    pods: dict[str, Path] = field(default_factory=dict)
+
+    def start_pod(self, uid: str, qos: str = "BestEffort") -> Path:
+        """Make a pod's cgroup, as the kubelet does, with one container."""
+        stem = f"kubepods{_QOS[qos]}"
+        parent = self.cgroup_root / "kubepods.slice" / (f"{stem}.slice" if _QOS[qos] else "")
+        path = parent / f"{stem}-pod{uid.replace('-', '_')}.slice"
+        (path / "container").mkdir(parents=True)
+        self.pods[uid] = path
+        return path
+
+    def end_pod(self, uid: str) -> None:
+        """Remove a pod's cgroup."""
+        _remove_cgroups(self.pods.pop(uid))
+
+    def serves(self) -> bool:
+        """True when its daemon has said that it serves."""
+        return "serving on" in self.daemon.output()
+
+    def limits(self) -> dict[str, tuple[int, int]]:
+        """What is in force here by UID, as (egress, ingress) in bit/s with 0 for none, as bpfrl list tells it.
+
+        A broken folder has (-1, -1).
+        """
+        items = json.loads(self.bpfrl("list", "-o", "json"))["items"]
+        return {item["uid"]: (-1, -1) if "error" in item else _rates(item) for item in items}
+
+    def attached(self) -> dict[str, list[str]]:
+        """Kinds of the programs on each pod's cgroup, as bpftool sees them; pods without any are left out."""
+        found = {}
+        for uid, path in self.pods.items():
+            output = subprocess.run(
+                ["bpftool", "-j", "cgroup", "show", str(path)], capture_output=True, text=True, check=True
+            ).stdout
+            if programs := json.loads(output or "[]"):
+                found[uid] = sorted(program["attach_type"] for program in programs)
+        return found
+
+    def pinned(self) -> list[str]:
+        """The names in the bpffs."""
+        return sorted(os.listdir(self.bpffs))
+
+    def bpfrl(self, *arguments: str) -> str:
+        """Run the command by hand on this node, and return what it says."""
+        return subprocess.run(
+            [BPFRL, *arguments],
+            env=self.daemon.environment,
+            capture_output=True,
+            text=True,
+            timeout=_START_SECONDS,
+            check=True,
+        ).stdout
+
+
+@dataclass
+class Fleet:
+    """Nodes, and whatever masters are started; see :func:`fleet`."""
+
+    tag: str
+    folder: Path
+    nodes: list[Node]
+    masters: list[Daemon] = field(default_factory=list)
+
+    @property
+    def certificates(self) -> Path:
+        """The folder of ``bpfrl certs init``."""
+        return self.folder / "certs"
+
+    def master(self, *options: str, start: bool = True) -> Daemon:
+        """A master in the control plane's namespace, with this fleet's certificates."""
+        command = [BPFRL, "serve-master", "--certs", str(self.certificates / "master"), *options]
+        log = self.folder / f"master-{len(self.masters)}.log"
+        daemon = Daemon(in_namespace(self.tag, *command), dict(os.environ), log)
+        self.masters.append(daemon)
+        if start:
+            daemon.start()
+        return daemon
+
+    def stop(self) -> None:
+        """End every daemon."""
+        for daemon in (*self.masters, *(node.daemon for node in self.nodes)):
+            daemon.kill()
+
+
+@contextlib.contextmanager
+def fleet(count: int = 1) -> Iterator[Fleet]:
+    """Build the test bed with nodes that serve, and take it down whatever happens."""
+    tag = f"bpfrl-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+    with contextlib.ExitStack() as undo:
+        folder = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix=tag)))
+        bed = Fleet(tag, folder, [])
+        _run(BPFRL, "certs", "init", str(bed.certificates))
+        _add_namespace(tag, undo)
+        _run("ip", "-n", tag, "link", "add", "bridge", "type", "bridge")
+        _run("ip", "-n", tag, "address", "add", f"{CONTROL_ADDRESS}/24", "dev", "bridge")
+        _run("ip", "-n", tag, "link", "set", "bridge", "up")
+        root = cgroup.mount_point() / tag
+        root.mkdir()
+        undo.callback(_remove_cgroups, root)
+        for number in range(count):
+            bed.nodes.append(_add_node(bed, number, root, undo))
+        undo.callback(bed.stop)
+        for node in bed.nodes:
+            node.daemon.start()
+        for node in bed.nodes:
+            wait_for(node.serves, _START_SECONDS, node.daemon.output)
+        yield bed
+
+
+def wait_for(condition: Callable[[], bool], seconds: float, what: Callable[[], Any] = lambda: None) -> float:
+    """Return how long it took, s, until a condition holds.
+
+    Raises:
+        TimeoutError: it does not; the text ends with what ``what`` says then.
+    """
+    start = time.monotonic()
+    while not condition():
+        if time.monotonic() - start > seconds:
+            raise TimeoutError(f"not within {seconds} s: {what()}")
+        time.sleep(_POLL_SECONDS)
+    return time.monotonic() - start
+
+
+def in_namespace(namespace: str, *command: str) -> list[str]:
+    """The command line that runs a command in a network namespace, with the cgroups that are here."""
+    return ["nsenter", f"--net=/run/netns/{namespace}", *command]
+
+
+def _add_node(bed: Fleet, number: int, root: Path, undo: contextlib.ExitStack) -> Node:
+    name = f"node-{number}"
+    namespace, address = f"{bed.tag}-{name}", _NODE_ADDRESS.format(_FIRST_NODE + number)
+    _add_namespace(namespace, undo)
+    ends = ("link", "add", f"node{number}", "netns", bed.tag, "type", "veth", "peer", "name", "eth0")
+    _run("ip", *ends, "netns", namespace)
+    _run("ip", "-n", bed.tag, "link", "set", f"node{number}", "master", "bridge", "up")
+    _run("ip", "-n", namespace, "address", "add", f"{address}/24", "dev", "eth0")
+    _run("ip", "-n", namespace, "link", "set", "eth0", "up")
+    bpffs = bed.folder / name
+    bpffs.mkdir()
+    _run("mount", "-t", "bpf", "bpf", str(bpffs))
+    undo.callback(_run, "umount", str(bpffs))
+    cgroup_root = root / name
+    cgroup_root.mkdir()
+    environment = os.environ | {"BPFRL_BPFFS": str(bpffs), "BPFRL_CGROUP_ROOT": str(cgroup_root)}
+    command = [BPFRL, "serve-node", "--certs", str(bed.certificates / "node"), "--listen", f"{address}:{NODE_PORT}"]
+    daemon = Daemon(in_namespace(namespace, *command), environment, bed.folder / f"{name}.log")
+    return Node(name, address, namespace, cgroup_root, bpffs, daemon)
+
+
+def _add_namespace(name: str, undo: contextlib.ExitStack) -> None:
+    _run("ip", "netns", "add", name)
+    undo.callback(_run, "ip", "netns", "del", name)
+    _run("ip", "-n", name, "link", "set", "lo", "up")
+
+
+def _rates(item: dict[str, Any]) -> tuple[int, int]:
+    egress, ingress = (item[direction]["limit_bits_per_second"] or 0 for direction in ("egress", "ingress"))
+    return egress, ingress
+
+
+def _remove_cgroups(root: Path) -> None:
+    # Processes that were just ended leave their cgroup a moment later.
+    deadline = time.monotonic() + _STOP_SECONDS
+    for folder, _, _ in os.walk(root, topdown=False):
+        while True:
+            try:
+                Path(folder).rmdir()
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_POLL_SECONDS)
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True)

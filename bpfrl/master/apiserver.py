@@ -1,0 +1,196 @@
+"""Desired state from the API server: a list, then a watch, for ever.
+
+    list, in pages ──> watch from there ──> watch on from the last version seen ...
+          ^                    │
+          └─── 410: the version is too old to watch from
+
+A watch ends often: the server ends it after some minutes, restarts, or is silent for so long that it must be gone.
+Then it goes on from the last version that an event or a bookmark has named, without listing. Whatever else fails is
+tried again after a jittered and growing pause, or after the one that the server asks for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncIterator
+from typing import Final, Protocol, TypeVar
+
+import aiohttp
+import msgspec
+
+from bpfrl.errors import ApiError, InvalidValueError
+from bpfrl.master.api import Api
+from bpfrl.master.backoff import Backoff
+from bpfrl.master.pods import Pod, RawPod, read
+
+log = logging.getLogger(__name__)
+
+Decoded = TypeVar("Decoded")
+
+_PODS: Final = "/api/v1/pods"
+# Pods that no scheduler has placed yet have no cgroup anywhere.
+_SCHEDULED: Final = "spec.nodeName!="
+# client-go's page; the API server answers it in tens of milliseconds.
+_PAGE: Final = 500
+# As client-go: the server ends a watch after five to ten minutes, not all of them at once.
+_WATCH_SECONDS: Final = 300
+# A server that sends bookmarks does so once a minute: one that is silent for longer than two is gone.
+_SILENCE_SECONDS: Final = 150.0
+_CONNECT_SECONDS: Final = 10.0
+_LIST_SECONDS: Final = 120.0
+_FIRST_PAUSE_SECONDS: Final = 0.2
+_LONGEST_PAUSE_SECONDS: Final = 30.0
+# A watch that ends sooner than this, with nothing said, is no way to go on without a pause.
+_SHORT_SECONDS: Final = 1.0
+_GONE: Final = 410
+
+
+class Sink(Protocol):
+    """Whoever wants to know the pods."""
+
+    def replace(self, pods: list[Pod], *, complete: bool = True) -> None:
+        """These are all pods; complete: and there are no others that could not be read."""
+
+    def put(self, pod: Pod) -> None:
+        """This pod is new, or has changed."""
+
+    def remove(self, uid: str) -> None:
+        """The pod with this UID (the API's) is no more."""
+
+
+class _ListMetadata(msgspec.Struct, rename={"resource_version": "resourceVersion", "more": "continue"}):
+    resource_version: str = ""
+    more: str = ""
+
+
+class _PodList(msgspec.Struct):
+    metadata: _ListMetadata
+    items: list[RawPod] = []
+
+
+class _Event(msgspec.Struct):
+    type: str
+    object: msgspec.Raw
+
+
+class _Failure(msgspec.Struct):
+    code: int = 0
+    message: str = ""
+
+
+_lists: Final = msgspec.json.Decoder(_PodList)
+_events: Final = msgspec.json.Decoder(_Event)
+_pods: Final = msgspec.json.Decoder(RawPod)
+_failures: Final = msgspec.json.Decoder(_Failure)
+
+
+class PodWatch:
+    """Keeps a sink told of every scheduled pod."""
+
+    def __init__(self, api: Api, sink: Sink) -> None:
+        self._api = api
+        self._sink = sink
+        self._version = ""
+        self._backoff = Backoff(_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
+
+    async def run(self) -> None:
+        """List and watch until cancelled."""
+        while True:
+            pause = await self._turn()
+            if pause:
+                await asyncio.sleep(pause)
+
+    async def _turn(self) -> float:
+        """One list or one watch; returns how long to wait before the next, s."""
+        try:
+            if not self._version:
+                self._version = await self._list()
+                log.info("watching pods from version %s", self._version)
+            started = asyncio.get_running_loop().time()
+            said_something = await self._watch()
+        except ApiError as error:
+            if error.status == _GONE:
+                log.info("listing all pods again: %s", error)
+                self._version = ""
+                # The first time at once; a server that expires everything is not to be asked without end.
+                pause = self._backoff.delay()
+                return pause if self._backoff.failures > 1 else 0.0
+            pause = max(error.retry_after, self._backoff.delay())
+            log.warning("%s; again in %.1f s", error, pause)
+            return pause
+        if not said_something and asyncio.get_running_loop().time() - started < _SHORT_SECONDS:
+            return self._backoff.delay()
+        return 0.0
+
+    async def _list(self) -> str:
+        """Tell the sink of all pods, and return the version of that state."""
+        query = {"fieldSelector": _SCHEDULED, "limit": str(_PAGE)}
+        pods: list[Pod] = []
+        while True:
+            timeout = aiohttp.ClientTimeout(total=_LIST_SECONDS, sock_connect=_CONNECT_SECONDS)
+            async with self._api.request("GET", _PODS, query, timeout=timeout) as response:
+                page = _decode(_lists, await response.read())
+            pods.extend(pod for raw in page.items if (pod := _read(raw)))
+            if not page.metadata.more:
+                self._sink.replace(pods)
+                return page.metadata.resource_version
+            query["continue"] = page.metadata.more
+
+    async def _watch(self) -> bool:
+        """Tell the sink of changes until the server ends the watch; False if there was nothing at all."""
+        query = {
+            "watch": "true",
+            "fieldSelector": _SCHEDULED,
+            "resourceVersion": self._version,
+            "allowWatchBookmarks": "true",
+            "timeoutSeconds": str(random.randint(_WATCH_SECONDS, 2 * _WATCH_SECONDS)),  # noqa: S311 - no secret
+        }
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENCE_SECONDS)
+        said_something = False
+        async with self._api.request("GET", _PODS, query, timeout=timeout) as response:
+            async for line in _lines(response.content):
+                self._apply(_decode(_events, line))
+                said_something = True
+                self._backoff.reset()
+        return said_something
+
+    def _apply(self, event: _Event) -> None:
+        if event.type == "ERROR":
+            failure = _decode(_failures, event.object)
+            raise ApiError(f"the API server ends the watch: {failure.message or failure.code}", failure.code)
+        raw = _decode(_pods, event.object)
+        if event.type in ("ADDED", "MODIFIED"):
+            if pod := _read(raw):
+                self._sink.put(pod)
+        elif event.type == "DELETED":
+            self._sink.remove(raw.metadata.uid)
+        # Only now: what raises above is asked for again.
+        self._version = raw.metadata.resource_version or self._version
+
+
+def _decode(decoder: msgspec.json.Decoder[Decoded], text: bytes | msgspec.Raw) -> Decoded:
+    try:
+        return decoder.decode(text)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ApiError(f"the API server's answer cannot be read: {error}") from error
+
+
+def _read(raw: RawPod) -> Pod | None:
+    """A pod, unless it is one that cannot be: it is left out, and the others are not."""
+    try:
+        return read(raw)
+    except InvalidValueError as error:
+        log.warning("pod %s/%s is left out: %s", raw.metadata.namespace, raw.metadata.name, error)
+        return None
+
+
+async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    """The lines of a stream, however long: a pod may have a megabyte."""
+    rest = b""
+    async for chunk in content.iter_any():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            if line.strip():
+                yield line

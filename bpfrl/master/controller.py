@@ -1,0 +1,218 @@
+"""Desired state against the nodes.
+
+Pods come in from a source (:mod:`.apiserver`, :mod:`.manifests`) and are sorted by node; a worker for each
+node (:mod:`.nodes`) does the rest. Nothing here depends on seeing every event: a source tells what is, not what has
+happened, and workers compare that with what their node has. While another master leads, desired state is kept up to
+date and nothing is done about it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable
+from typing import Final
+
+from bpfrl.master.events import Reason, Recorder
+from bpfrl.master.nodes import NodeWorker, Want
+from bpfrl.master.pods import Pod
+from bpfrl.rpc.client import NodeClient
+
+log = logging.getLogger(__name__)
+
+_DRAIN_SECONDS: Final = 20.0
+# A node that has lost its last pod is let go of when its limiters are gone too.
+_PRUNE_SECONDS: Final = 60.0
+
+
+class Controller:
+    """All pods and all nodes.
+
+    Args:
+        connect: makes the client for a node's address.
+        recorder: who tells people.
+        resync: how often each node is asked what it has, s.
+    """
+
+    def __init__(self, connect: Callable[[str], NodeClient], recorder: Recorder, resync: float) -> None:
+        self._connect = connect
+        self._recorder = recorder
+        self._resync = resync
+        self._pods: dict[str, Pod] = {}
+        self._wanted: dict[str, Want] = {}  # by the API's UID, wherever the pod is
+        self._owners: dict[str, str] = {}  # the API's UID by the cgroup's, of those that are wanted
+        self._addresses: dict[str, str] = {}  # of nodes, by name
+        self._placed: dict[str, str] = {}  # the node's address, by the API's UID
+        self._members: Counter[str] = Counter()  # pods by address
+        self._waiting: dict[str, set[str]] = {}  # pods that wait for their node's address, by its name
+        self._complete = False
+        self._synced = asyncio.Event()
+        self._workers: dict[str, NodeWorker] = {}
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._leading = asyncio.Lock()
+        self._draining = False
+
+    # What a source tells.
+
+    def replace(self, pods: list[Pod], *, complete: bool = True) -> None:
+        """These are all pods; complete: and there are no others that could not be read."""
+        for uid in self._pods.keys() - {pod.uid for pod in pods}:
+            self.remove(uid)
+        for pod in pods:
+            self.put(pod)
+        became_complete = complete and not self._complete
+        self._complete = complete
+        self._synced.set()
+        if became_complete:
+            for worker in self._workers.values():
+                worker.look_at_all()
+
+    def put(self, pod: Pod) -> None:
+        """This pod is new, or has changed."""
+        if self._pods.get(pod.uid) == pod:
+            return
+        self._pods[pod.uid] = pod
+        if pod.address:
+            self._learn(pod.node, pod.address)
+        address = pod.address or self._addresses.get(pod.node, "")
+        self._place(pod, address)
+        self._want(pod, address)
+
+    def remove(self, uid: str) -> None:
+        """The pod with this UID (the API's) is no more."""
+        pod = self._pods.pop(uid, None)
+        if pod is None:
+            return
+        address = self._placed.pop(uid, "")
+        self._members[address] -= 1
+        self._waiting.get(pod.node, set()).discard(uid)
+        self._let_go(uid, address, lives=False)
+
+    # What a leader does.
+
+    async def run(self) -> None:
+        """Act on all that until cancelled."""
+        async with self._leading:
+            await self._synced.wait()
+            log.info("acting: %d pods, %d of them limited", len(self._pods), len(self._wanted))
+            for pod in self._pods.values():
+                self._complain(pod)
+            try:
+                while not self._draining:
+                    for address in self._workers:
+                        self._run(address)
+                    await asyncio.sleep(_PRUNE_SECONDS)
+                    await self._prune()
+            finally:
+                await self._stop()
+
+    async def drain(self) -> None:
+        """Finish what is on the way, and take nothing more up."""
+        self._draining = True
+        workers = [self._workers[address].drain() for address in self._running]
+        try:
+            async with asyncio.timeout(_DRAIN_SECONDS):
+                await asyncio.gather(*workers)
+        except TimeoutError:
+            log.warning("not everything was finished within %.0f s", _DRAIN_SECONDS)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await asyncio.gather(*(worker.close() for worker in self._workers.values()))
+
+    def _want(self, pod: Pod, address: str) -> None:
+        before = self._wanted.get(pod.uid)
+        limits = pod.limits
+        if pod.problem:
+            # The last good limits, if there were any; after a restart only the node knows them.
+            limits = before.limits if before else None
+            self._complain(pod)
+        if limits is None and not pod.problem:
+            self._let_go(pod.uid, address, lives=not pod.ended)
+            return
+        if before and before.pod.ref.uid != pod.ref.uid:
+            self._let_go(pod.uid, address, lives=False)
+        want = Want(pod, limits)
+        self._wanted[pod.uid] = want
+        self._owners[pod.ref.uid] = pod.uid
+        if address:
+            self._worker(address).want(pod.ref.uid, want)
+
+    def _let_go(self, uid: str, address: str, *, lives: bool) -> None:
+        want = self._wanted.pop(uid, None)
+        # Two pods of one cgroup there are only where somebody claims to be a static pod.
+        if want is None or self._owners.get(want.pod.ref.uid) != uid:
+            return
+        del self._owners[want.pod.ref.uid]
+        if address:
+            self._worker(address).want(want.pod.ref.uid, None, lives=lives)
+
+    def _complain(self, pod: Pod) -> None:
+        if pod.problem and self._leading.locked():
+            self._recorder.tell(pod, Reason.INVALID, f"{pod.problem}; the limits stay as they are")
+
+    def _place(self, pod: Pod, address: str) -> None:
+        """Keep count of which pods are where; one that has no address yet gets it with another pod of its node."""
+        before = self._placed.get(pod.uid)
+        if before == address:
+            return
+        if before is not None:
+            self._members[before] -= 1
+            if before:
+                self._let_go(pod.uid, before, lives=False)
+        self._placed[pod.uid] = address
+        self._members[address] += 1
+        if address:
+            self._waiting.get(pod.node, set()).discard(pod.uid)
+            self._worker(address)
+        else:
+            self._waiting.setdefault(pod.node, set()).add(pod.uid)
+
+    def _learn(self, node: str, address: str) -> None:
+        """Remember a node's address: its pods are scheduled some time before the kubelet tells it for each."""
+        if not node or self._addresses.get(node) == address:
+            return
+        self._addresses[node] = address
+        for uid in self._waiting.pop(node, set()):
+            pod = self._pods[uid]
+            self._place(pod, address)
+            self._want(pod, address)
+
+    def _worker(self, address: str) -> NodeWorker:
+        worker = self._workers.get(address)
+        if worker is None:
+            worker = NodeWorker(self._connect(address), self._recorder, self._resync, self._is_orphan)
+            self._workers[address] = worker
+            if self._leading.locked() and self._synced.is_set():
+                self._run(address)
+        return worker
+
+    def _is_orphan(self, uid: str) -> bool:
+        """Whether a limiter for this UID may be taken off a node where it is not wanted."""
+        owner = self._owners.get(uid)
+        if owner is not None:
+            # Wanted elsewhere, unless it is not known yet where that is.
+            return bool(self._placed.get(owner))
+        return self._complete or any(pod.ref.uid == uid for pod in self._pods.values())
+
+    def _run(self, address: str) -> None:
+        if address not in self._running and not self._draining:
+            task = asyncio.create_task(self._workers[address].run(), name=address)
+            self._running[address] = task
+            task.add_done_callback(lambda _: self._running.pop(address, None))
+
+    async def _prune(self) -> None:
+        for address, worker in list(self._workers.items()):
+            if not self._members[address] and worker.idle:
+                del self._workers[address]
+                del self._members[address]
+                if task := self._running.get(address):
+                    task.cancel()
+                await worker.close()
+
+    async def _stop(self) -> None:
+        tasks = list(self._running.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

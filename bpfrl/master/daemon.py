@@ -1,0 +1,116 @@
+"""``bpfrl serve-master``: a source of pods, a controller, and the lease that says which of several masters acts."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from bpfrl.bpf import generator
+from bpfrl.master.controller import Controller
+from bpfrl.master.events import Recorder
+from bpfrl.rpc import tls
+from bpfrl.rpc.client import NodeClient
+
+log = logging.getLogger(__name__)
+
+_SERVICE_ACCOUNT_NAMESPACE: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+_DEFAULT_NAMESPACE: Final = "kube-system"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line says.
+
+    Attributes:
+        certificates: what to connect to nodes with; None: without TLS, on loopback only.
+        manifests: the folder that holds the desired state; None: the API server does.
+        kubeconfig: where the API server is told; None: see :func:`bpfrl.master.api.connect`.
+        context: which of its contexts; None: its current one.
+        node_port: where the nodes' daemons listen.
+        resync: how often each node is asked what it has, s.
+        leader_elect: whether to act only while holding the Lease.
+        lease_namespace: the Lease's; None: this pod's own.
+        lease_duration: how long a leader that says nothing counts as one, s.
+    """
+
+    certificates: tls.Certificates | None
+    manifests: Path | None
+    kubeconfig: Path | None
+    context: str | None
+    node_port: int
+    resync: float
+    leader_elect: bool
+    lease_namespace: str | None
+    lease_duration: int
+
+
+async def serve(settings: Settings) -> None:
+    """Keep all nodes' limits as their pods ask for them, until SIGTERM or SIGINT.
+
+    Raises:
+        ClusterError: there is nothing to watch.
+        CompilerError: no limiter can be generated here.
+    """
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    await asyncio.to_thread(generator.build)
+    identity = f"{socket.gethostname()}_{os.getpid()}"
+
+    def connect(address: str) -> NodeClient:
+        return NodeClient(address, settings.node_port, settings.certificates)
+
+    async with AsyncExitStack() as stack:
+        if settings.manifests:
+            from bpfrl.master.manifests import ManifestWatch  # noqa: PLC0415 - only one of the two is ever needed
+
+            recorder = Recorder(None, identity)
+            controller = Controller(connect, recorder, settings.resync)
+            work = [ManifestWatch(settings.manifests, controller).run(), controller.run()]
+        else:
+            from bpfrl.master import api, apiserver, leader  # noqa: PLC0415
+
+            client = await api.connect(settings.kubeconfig, settings.context)
+            stack.push_async_callback(client.close)
+            server = api.Api(client)
+            recorder = Recorder(server, identity)
+            controller = Controller(connect, recorder, settings.resync)
+            work = [apiserver.PodWatch(server, controller).run(), recorder.run()]
+            if settings.leader_elect:
+                namespace = settings.lease_namespace or _own_namespace()
+                leadership = leader.Leadership(client, namespace, identity, settings.lease_duration)
+                stack.push_async_callback(leadership.release)
+                work.append(leadership.run(controller.run))
+            else:
+                work.append(controller.run())
+        stack.push_async_callback(controller.close)
+
+        tasks = [asyncio.create_task(each) for each in work]
+        waiting = asyncio.create_task(stopped.wait())
+        try:
+            await asyncio.wait({waiting, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+            if stopped.is_set():
+                log.info("stopping; limits stay in force")
+                await controller.drain()
+        finally:
+            for task in (waiting, *tasks):
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+
+
+def _own_namespace() -> str:
+    try:
+        return _SERVICE_ACCOUNT_NAMESPACE.read_text().strip() or _DEFAULT_NAMESPACE
+    except OSError:
+        return _DEFAULT_NAMESPACE

@@ -1,0 +1,134 @@
+"""Telling people what has become of their pods' limits: Kubernetes Events, or the log where there is no API server.
+
+The same thing about the same pod is told once in ten minutes, and what cannot be told is dropped: nothing waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections import OrderedDict
+from datetime import UTC, datetime
+from enum import Enum
+from typing import Final, NamedTuple
+
+from bpfrl.errors import ApiError
+from bpfrl.master.api import Api
+from bpfrl.master.pods import Pod
+
+log = logging.getLogger(__name__)
+
+_REPEAT_SECONDS: Final = 600.0
+_REMEMBERED: Final = 10_000
+_QUEUE: Final = 2_000
+_COMPONENT: Final = "bpfrl"
+# A name of 253 characters at most, of which the digest takes 17 (apimachinery, DNS-1123 subdomain).
+_LONGEST_NAME: Final = 236
+_LONGEST_MESSAGE: Final = 1_000
+_CONFLICT: Final = 409
+_MERGE_PATCH: Final = "application/merge-patch+json"
+
+
+class Reason(Enum):
+    """What has become of a limit, and whether somebody has to do something."""
+
+    LIMITED = ("BandwidthLimited", "Normal")
+    UNLIMITED = ("BandwidthUnlimited", "Normal")
+    INVALID = ("BandwidthLimitInvalid", "Warning")
+    FAILED = ("BandwidthLimitFailed", "Warning")
+
+
+class Report(NamedTuple):
+    """One thing to tell."""
+
+    pod: Pod
+    reason: Reason
+    message: str
+
+
+class Recorder:
+    """Tells each thing once, in the log and, where there is an API server, as an Event.
+
+    Args:
+        api: where Events go; None: the log is all there is.
+        instance: which of several masters tells it.
+    """
+
+    def __init__(self, api: Api | None, instance: str) -> None:
+        self._api = api
+        self._instance = instance
+        self._queue: asyncio.Queue[Report] = asyncio.Queue(_QUEUE)
+        self._told: OrderedDict[tuple[str, Reason, str], tuple[float, int]] = OrderedDict()
+
+    def tell(self, pod: Pod, reason: Reason, message: str) -> None:
+        """Tell it, unless that has been done a moment ago."""
+        key = (pod.uid, reason, message)
+        then, count = self._told.get(key, (-_REPEAT_SECONDS, 0))
+        now = time.monotonic()
+        if now - then < _REPEAT_SECONDS:
+            return
+        self._told[key] = (now, count + 1)
+        self._told.move_to_end(key)
+        if len(self._told) > _REMEMBERED:
+            self._told.popitem(last=False)
+        name, kind = reason.value
+        log.log(logging.WARNING if kind == "Warning" else logging.INFO, "%s: %s: %s", pod.ref, name, message)
+        if self._api and pod.uid and not self._queue.full():
+            self._queue.put_nowait(Report(pod, reason, message))
+
+    async def run(self) -> None:
+        """Send Events until cancelled."""
+        while self._api:
+            report = await self._queue.get()
+            try:
+                await self._send(self._api, report)
+            except ApiError as error:
+                log.warning("no Event about %s: %s", report.pod.ref, error)
+
+    async def _send(self, api: Api, report: Report) -> None:
+        event = self._event(report)
+        path = f"/api/v1/namespaces/{report.pod.ref.namespace}/events"
+        try:
+            async with api.request("POST", path, body=event):
+                return
+        except ApiError as error:
+            if error.status != _CONFLICT:
+                raise
+        again = {"lastTimestamp": event["lastTimestamp"], "count": event["count"]}
+        name = _name(report)
+        async with api.request("PATCH", f"{path}/{name}", body=again, content_type=_MERGE_PATCH):
+            pass
+
+    def _event(self, report: Report) -> dict[str, object]:
+        pod, (reason, kind) = report.pod, report.reason.value
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        _, count = self._told.get((pod.uid, report.reason, report.message), (0.0, 1))
+        return {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"name": _name(report), "namespace": pod.ref.namespace},
+            "involvedObject": {
+                "apiVersion": "v1",
+                "kind": "Pod",
+                "namespace": pod.ref.namespace,
+                "name": pod.ref.name,
+                "uid": pod.uid,
+            },
+            "type": kind,
+            "reason": reason,
+            "message": report.message[:_LONGEST_MESSAGE],
+            "source": {"component": _COMPONENT},
+            "reportingComponent": _COMPONENT,
+            "reportingInstance": self._instance,
+            "firstTimestamp": now,
+            "lastTimestamp": now,
+            "count": count,
+        }
+
+
+def _name(report: Report) -> str:
+    """The same for the same thing, so that another master adds to the Event and makes no second one."""
+    told = f"{report.pod.uid} {report.reason.name} {report.message}"
+    return f"{report.pod.ref.name[:_LONGEST_NAME].rstrip('.-')}.{hashlib.sha256(told.encode()).hexdigest()[:16]}"

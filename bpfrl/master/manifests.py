@@ -1,0 +1,134 @@
+"""Desired state from a folder of Pod manifests, as the kubelet takes static pods from one.
+
+For machines without Kubernetes, and for trying it out. Each ``.yaml``, ``.yml`` or ``.json`` file holds Pods. A
+Pod's UID says which cgroup is meant, so there must be one: ``metadata.uid``. It is on this machine unless
+``status.hostIP`` names another. A file that cannot be read counts as it did before, and while one has never been
+read, no limiter is removed that this folder does not explain.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import yaml
+from watchfiles import awatch
+
+from bpfrl.errors import ClusterError, InvalidValueError
+from bpfrl.master.apiserver import Sink
+from bpfrl.master.pods import Pod, RawPod, read
+
+log = logging.getLogger(__name__)
+
+_SUFFIXES: Final = frozenset({".yaml", ".yml", ".json"})
+_LARGEST_BYTES: Final = 2**20
+_THIS_MACHINE: Final = "127.0.0.1"
+_DEFAULT_NAMESPACE: Final = "default"
+# Editors write in several steps; a file system that tells of no changes is looked at all the same.
+_SETTLE_MS: Final = 50
+_LOOK_AGAIN_MS: Final = 30_000
+_GONE_SECONDS: Final = 1.0
+
+
+class ManifestWatch:
+    """Keeps a sink told of the pods in a folder.
+
+    Raises (the constructor):
+        ClusterError: there is no such folder.
+    """
+
+    def __init__(self, folder: Path, sink: Sink) -> None:
+        if not folder.is_dir():
+            raise ClusterError(f"{folder} is no folder of Pod manifests")
+        self._folder = folder
+        logging.getLogger("watchfiles").setLevel(logging.WARNING)  # it tells of every change it sees
+        self._sink = sink
+        self._good: dict[Path, list[Pod]] = {}
+        self._problems: dict[Path, str] = {}
+
+    async def run(self) -> None:
+        """Read the folder now and after each change, until cancelled."""
+        while True:
+            self.look()
+            try:
+                async for _ in awatch(
+                    self._folder,
+                    watch_filter=None,
+                    step=_SETTLE_MS,
+                    rust_timeout=_LOOK_AGAIN_MS,
+                    yield_on_timeout=True,
+                    recursive=False,
+                ):
+                    self.look()
+            except OSError as error:
+                log.warning("%s: %s; the pods in it stay as they are", self._folder, error)
+            await asyncio.sleep(_GONE_SECONDS)
+
+    def look(self) -> None:
+        """Read the folder once."""
+        try:
+            files = sorted(
+                path for path in self._folder.iterdir() if path.suffix in _SUFFIXES and not path.name.startswith(".")
+            )
+        except OSError as error:
+            log.warning("%s: %s; the pods in it stay as they are", self._folder, error.strerror)
+            return
+        problems: dict[Path, str] = {}
+        good: dict[Path, list[Pod]] = {}
+        for path in files:
+            try:
+                good[path] = _read_file(path)
+            except InvalidValueError as error:
+                problems[path] = str(error)
+                if path in self._good:
+                    good[path] = self._good[path]
+        for path, problem in problems.items():
+            if self._problems.get(path) != problem:
+                log.warning("%s: %s", path, problem)
+        self._good, self._problems = good, problems
+        self._sink.replace(self._pods(), complete=problems.keys() <= good.keys())
+
+    def _pods(self) -> list[Pod]:
+        found: dict[str, tuple[Path, Pod]] = {}
+        for path, pods in self._good.items():
+            for pod in pods:
+                first, _ = found.setdefault(pod.uid, (path, pod))
+                if first != path:
+                    log.warning("%s: pod %s is in %s already, which counts", path, pod.uid, first)
+        return [pod for _, pod in found.values()]
+
+
+def _read_file(path: Path) -> list[Pod]:
+    """The pods of a file.
+
+    Raises:
+        InvalidValueError: it cannot be read, or holds something else.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(_LARGEST_BYTES + 1)
+        if len(text) > _LARGEST_BYTES:
+            raise InvalidValueError(f"more than {_LARGEST_BYTES} byte is no manifest")
+        return [_pod(document) for document in yaml.safe_load_all(text) if document is not None]
+    except OSError as error:
+        raise InvalidValueError(f"cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidValueError(f"no YAML: {' '.join(str(error).split())}") from error
+
+
+def _pod(document: Any) -> Pod:
+    kind = document.get("kind") if isinstance(document, dict) else None
+    if kind != "Pod":
+        raise InvalidValueError(f"holds {kind or 'something'} where a Pod is expected")
+    try:
+        raw = msgspec.convert(document, RawPod)
+    except msgspec.ValidationError as error:
+        raise InvalidValueError(f"no Pod: {error}") from error
+    if not raw.metadata.uid:
+        raise InvalidValueError(f"pod {raw.metadata.name} has no metadata.uid, which names its cgroup")
+    raw.metadata.namespace = raw.metadata.namespace or _DEFAULT_NAMESPACE
+    raw.status.host_ip = raw.status.host_ip or _THIS_MACHINE
+    return read(raw)

@@ -1,0 +1,330 @@
+"""One node: what it should have, what it has, and the way from one to the other.
+
+A worker asks its node what is there, and then makes each pod so as it is wanted: one task a pod, a few at a
+time, and never two for the same pod. A change of what is wanted makes it look at that pod again; so does a failure,
+after a pause of the pod's own. When the node does not answer, everything known about it is forgotten, and
+asked for anew after a pause of the node's own: no worker waits for another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+from enum import Enum
+from typing import Final, NamedTuple
+
+from bpfrl.bpf import generator
+from bpfrl.bpf.limiter import Broken, Status
+from bpfrl.errors import RefusedError, UnreachableError
+from bpfrl.limits import Change, Limits, PodRef
+from bpfrl.master.backoff import Backoff
+from bpfrl.master.events import Reason, Recorder
+from bpfrl.master.pods import Pod
+from bpfrl.rpc.client import NodeClient
+
+log = logging.getLogger(__name__)
+
+# The node does one thing at a time; some more on the way keep it busy.
+_SLOTS: Final = 8
+# A kubelet makes a pod's cgroup within seconds. Until then the node watches for it, which costs a call but no slot.
+_CGROUP_SECONDS: Final = 30.0
+# Half a minute after a pod was placed, somebody may wonder.
+_PATIENCE: Final = 2
+_FIRST_POD_PAUSE: Final = 0.5
+_LONGEST_POD_PAUSE: Final = 60.0
+_FIRST_NODE_PAUSE: Final = 0.2
+_LONGEST_NODE_PAUSE: Final = 15.0
+# A daemon that is being replaced is back by then.
+_NODE_FAILURES_TOLD: Final = 6
+# Resyncs are spread by this share, so that all nodes are not asked at once.
+_JITTER: Final = 0.2
+_NOT_FOUND: Final = "NOT_FOUND"
+
+
+class Want(NamedTuple):
+    """What a pod of this node should have.
+
+    Attributes:
+        pod: the pod.
+        limits: its limits; None: whatever it has, because what it asks for now cannot be meant.
+    """
+
+    pod: Pod
+    limits: Limits | None
+
+
+class Has(NamedTuple):
+    """What a pod of this node has.
+
+    Attributes:
+        ref: the pod, as its limiter names it.
+        limits: what is in force; None: something that is no whole limiter, or nobody knows, for a call was cut off.
+        build: the digest of its programs.
+    """
+
+    ref: PodRef | None = None
+    limits: Limits | None = None
+    build: bytes = b""
+
+    @classmethod
+    def of(cls, found: Status | Broken) -> Has:
+        """What the node says of it. A limiter whose cgroup has gone limits nothing."""
+        if isinstance(found, Broken) or not found.cgroup_id:
+            return cls()
+        return cls(found.pod, found.limits, found.build)
+
+
+class Verb(Enum):
+    """What is to be done about one pod."""
+
+    ATTACH = "attach"
+    UPDATE = "update"
+    DETACH = "detach"
+
+
+def decide(want: Want | None, has: Has | None, build: bytes) -> Verb | None:
+    """What makes a pod have what it should have.
+
+    Args:
+        want: what it should have; None: no limiter.
+        has: what it has; None: no limiter.
+        build: the digest of the programs that this master generates.
+    """
+    if want is None:
+        return None if has is None else Verb.DETACH
+    if want.limits is None:
+        return None
+    if has is None or has.limits is None or has.build != build or has.ref != want.pod.ref:
+        return Verb.ATTACH
+    return None if has.limits == want.limits else Verb.UPDATE
+
+
+class NodeWorker:
+    """Makes one node have what it should have.
+
+    Args:
+        client: calls to the node.
+        recorder: who tells people.
+        resync: how often the node is asked what it has, s.
+        is_orphan: whether a limiter for a UID that nobody here wants may be taken away.
+    """
+
+    def __init__(self, client: NodeClient, recorder: Recorder, resync: float, is_orphan: Callable[[str], bool]) -> None:
+        self.wants: dict[str, Want] = {}
+        self._client = client
+        self._recorder = recorder
+        self._resync = resync
+        self._is_orphan = is_orphan
+        self._build = generator.build()
+        self._found: dict[str, Has] | None = None
+        self._leaving: dict[str, Pod] = {}
+        self._wake = asyncio.Event()
+        self._changed: set[str] = set()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._patient: set[str] = set()
+        self._pauses: dict[str, Backoff] = {}
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._backoff = Backoff(_FIRST_NODE_PAUSE, _LONGEST_NODE_PAUSE)
+        self._resync_at = 0.0
+        self._slots = asyncio.Semaphore(_SLOTS)
+        self._stopping = False
+
+    def want(self, uid: str, want: Want | None, *, lives: bool = True) -> None:
+        """This is what a pod should have from now on; None: no limiter, although, or because, it does not live."""
+        before = self.wants.pop(uid, None)
+        if want:
+            self.wants[uid] = want
+        elif before and lives:
+            self._leaving[uid] = before.pod
+        if before == want:
+            return
+        self._pauses.pop(uid, None)
+        self.look_at(uid)
+
+    def look_at(self, uid: str) -> None:
+        """Compare what a pod has with what it should have, soon."""
+        if timer := self._timers.pop(uid, None):
+            timer.cancel()
+        if uid in self._patient:
+            # It waits for the cgroup of a pod that is wanted otherwise now.
+            self._tasks[uid].cancel()
+        self._changed.add(uid)
+        self._wake.set()
+
+    def look_at_all(self) -> None:
+        """Compare everything that the node has with what it should have, soon."""
+        for uid in (self._found or {}).keys() | self.wants.keys():
+            self.look_at(uid)
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        self._stopping = False
+        try:
+            while True:
+                await self._turn()
+        finally:
+            await self._cancel()
+
+    async def drain(self) -> None:
+        """Take nothing more up, and finish what is on the way; what only waits for a cgroup is let go of."""
+        self._stopping = True
+        for uid in tuple(self._patient):
+            self._tasks[uid].cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._client.close()
+
+    @property
+    def idle(self) -> bool:
+        """True when nothing is wanted here, and the node has nothing or cannot be asked."""
+        kept = self._found or {}
+        return not (self.wants or self._tasks or any(self._decide(uid) for uid in kept)) and (
+            self._found is not None or self._backoff.failures > 0
+        )
+
+    async def _turn(self) -> None:
+        """Ask the node if need be, start what is to be done, and wait until there is something new."""
+        if self._found is None and not await self._ask():
+            return
+        changed, self._changed = self._changed, set()
+        for uid in changed:
+            self._start(uid)
+        try:
+            async with asyncio.timeout_at(self._resync_at):
+                await self._wake.wait()
+            self._wake.clear()
+        except TimeoutError:
+            self._found = None
+
+    async def _ask(self) -> bool:
+        """Learn what the node has; False, after a pause, if it does not say."""
+        try:
+            listed = await self._client.list()
+        except (UnreachableError, RefusedError) as error:
+            pause = self._backoff.delay()
+            first = self._backoff.failures == 1
+            log.log(logging.WARNING if first else logging.DEBUG, "%s; again in %.1f s", error, pause)
+            if self._backoff.failures == _NODE_FAILURES_TOLD:
+                self._tell_all(str(error))
+            await asyncio.sleep(pause)
+            return False
+        if self._backoff.failures:
+            log.info("node %s answers", self._client.target)
+        self._backoff.reset()
+        refs = [PodRef(each.uid) if isinstance(each, Broken) else each.pod for each in listed]
+        self._found = {ref.uid: Has.of(each) for ref, each in zip(refs, listed, strict=True) if ref.is_pod}
+        self._changed |= self._found.keys() | self.wants.keys()
+        spread = random.uniform(1 - _JITTER, 1 + _JITTER)  # noqa: S311 - no secret
+        self._resync_at = asyncio.get_running_loop().time() + self._resync * spread
+        return True
+
+    def _tell_all(self, reason: str) -> None:
+        for want in self.wants.values():
+            if want.limits:
+                self._recorder.tell(want.pod, Reason.FAILED, f"{want.limits}: {reason}")
+
+    def _decide(self, uid: str) -> Verb | None:
+        want = self.wants.get(uid)
+        if want is None and not self._is_orphan(uid):
+            return None
+        return decide(want, (self._found or {}).get(uid), self._build)
+
+    def _start(self, uid: str) -> None:
+        # What is on its way looks again when it ends, and what has failed when its pause is over.
+        if self._stopping or uid in self._tasks or uid in self._timers:
+            return
+        verb = self._decide(uid)
+        if verb is None:
+            self._pauses.pop(uid, None)
+            return
+        task = asyncio.create_task(self._carry_out(uid, verb, self.wants.get(uid)))
+        self._tasks[uid] = task
+        task.add_done_callback(lambda _: self._ended(uid))
+
+    def _ended(self, uid: str) -> None:
+        task = self._tasks.pop(uid)
+        self._patient.discard(uid)
+        if not task.cancelled() and (error := task.exception()):
+            log.critical("a mistake in bpfrl: %s: %r", uid, error, exc_info=error)
+            self._pause(uid)
+        elif uid not in self._timers:
+            self._changed.add(uid)
+            self._wake.set()
+
+    async def _carry_out(self, uid: str, verb: Verb, want: Want | None) -> None:
+        self._set(uid, Has())
+        try:
+            if want is None or want.limits is None:
+                async with self._slots:
+                    await self._client.detach(uid)
+                self._set(uid, None)
+                if pod := self._leaving.pop(uid, None):
+                    self._recorder.tell(pod, Reason.UNLIMITED, "the pod asks for no limit any more")
+            else:
+                change = await self._give(uid, verb, want.pod, want.limits)
+                self._set(uid, Has(want.pod.ref, want.limits, self._build))
+                if change is not Change.UNCHANGED:
+                    self._recorder.tell(want.pod, Reason.LIMITED, str(want.limits))
+        except UnreachableError as error:
+            log.log(logging.DEBUG if self._found is None else logging.WARNING, "%s", error)
+            self._found = None
+        except RefusedError as error:
+            self._refused(uid, want, error)
+
+    async def _give(self, uid: str, verb: Verb, pod: Pod, limits: Limits) -> Change:
+        """Attach or update, and wait for the pod's cgroup if it is not there yet."""
+        image = b""
+        try:
+            async with self._slots:
+                if verb is Verb.UPDATE:
+                    return await self._client.update(uid, limits)
+                image = generator.generate(pod.ref, limits)
+                return await self._client.attach(pod.ref, limits, image, self._build)
+        except RefusedError as error:
+            if error.code != _NOT_FOUND:
+                raise
+        self._patient.add(uid)
+        image = image or generator.generate(pod.ref, limits)
+        try:
+            return await self._client.attach(pod.ref, limits, image, self._build, _CGROUP_SECONDS)
+        finally:
+            self._patient.discard(uid)
+
+    def _refused(self, uid: str, want: Want | None, error: RefusedError) -> None:
+        failures = self._pause(uid)
+        if error.code == _NOT_FOUND and failures < _PATIENCE:
+            log.info("%s waits for its cgroup on %s", want.pod.ref if want else uid, self._client.target)
+        elif want:
+            self._recorder.tell(want.pod, Reason.FAILED, f"{want.limits}: node {self._client.target}: {error}")
+        elif failures == 1:
+            log.warning("%s stays limited on %s: %s", uid, self._client.target, error)
+
+    def _pause(self, uid: str) -> int:
+        """Look at a pod again after a pause that grows; returns how often in a row that has happened."""
+        backoff = self._pauses.setdefault(uid, Backoff(_FIRST_POD_PAUSE, _LONGEST_POD_PAUSE))
+        loop = asyncio.get_running_loop()
+        self._timers[uid] = loop.call_later(backoff.delay(), self.look_at, uid)
+        return backoff.failures
+
+    def _set(self, uid: str, has: Has | None) -> None:
+        # The node may have stopped answering meanwhile, and then all of it is asked for again.
+        if self._found is None:
+            return
+        if has is None:
+            self._found.pop(uid, None)
+        else:
+            self._found[uid] = has
+
+    async def _cancel(self) -> None:
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._found = None

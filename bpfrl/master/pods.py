@@ -1,0 +1,106 @@
+"""A pod as the master sees it, from the API server's or a manifest's JSON.
+
+Most pods of a cluster have no limits, and there are many of them: what is kept of one is a few words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Final
+
+import msgspec
+
+from bpfrl.errors import InvalidValueError
+from bpfrl.limits import Limits, PodRef
+from bpfrl.master.annotations import limits_of
+
+# The kubelet's own mark on the API's image of a static pod, and the hash that its cgroup is named by.
+MIRROR: Final = "kubernetes.io/config.mirror"
+STATIC_HASH: Final = "kubernetes.io/config.hash"
+_HASH: Final = re.compile(r"[0-9a-f]{32}", re.ASCII)
+_ENDED: Final = frozenset({"Succeeded", "Failed"})
+
+
+class Metadata(msgspec.Struct, rename="camel"):
+    """What is read of a pod's metadata."""
+
+    name: str = ""
+    namespace: str = ""
+    uid: str = ""
+    resource_version: str = ""
+    annotations: dict[str, str] | None = None
+    labels: dict[str, str] | None = None
+
+
+class Spec(msgspec.Struct, rename="camel"):
+    """What is read of a pod's spec."""
+
+    node_name: str | None = None
+
+
+class Status(msgspec.Struct, rename={"phase": "phase", "host_ip": "hostIP"}):
+    """What is read of a pod's status."""
+
+    phase: str = ""
+    host_ip: str | None = None
+
+
+class RawPod(msgspec.Struct):
+    """What is read of a pod; all the rest is skipped, which is most of it."""
+
+    metadata: Metadata
+    spec: Spec = msgspec.field(default_factory=Spec)
+    status: Status = msgspec.field(default_factory=Status)
+
+
+class Pod(msgspec.Struct, frozen=True, gc=False):
+    """A scheduled pod that has not been deleted.
+
+    Attributes:
+        uid: the API's UID, by which it is known here.
+        ref: whose cgroup it is: the same UID, but for static pods.
+        node: the name of its node.
+        address: the node's address, "" while the kubelet has not told it.
+        limits: what it asks for; None: nothing, or it has run to its end.
+        problem: why its annotations cannot be meant, "" if they can.
+        ended: it has run to its end.
+    """
+
+    uid: str
+    ref: PodRef
+    node: str
+    address: str
+    limits: Limits | None = None
+    problem: str = ""
+    ended: bool = False
+
+
+def read(raw: RawPod) -> Pod:
+    """The pod that an object describes.
+
+    Raises:
+        InvalidValueError: the object has no proper UID or name.
+    """
+    metadata = raw.metadata
+    marks: Mapping[str, str] = metadata.annotations or {}
+    uid = _cgroup_uid(metadata.uid, marks)
+    ref = PodRef(uid, metadata.namespace, metadata.name)
+    limits, problem = None, ""
+    ended = raw.status.phase in _ENDED
+    if not ended:
+        try:
+            limits = limits_of(marks, metadata.labels or {})
+        except InvalidValueError as error:
+            problem = str(error)
+    return Pod(metadata.uid, ref, raw.spec.node_name or "", raw.status.host_ip or "", limits, problem, ended)
+
+
+def _cgroup_uid(uid: str, marks: Mapping[str, str]) -> str:
+    """The UID in the name of the cgroup: a static pod's is the hash that the kubelet has made of its manifest.
+
+    Only where the kubelet's other mark stands too, and only in the form of such a hash: nobody names another
+    pod's UID in an annotation and has that limited.
+    """
+    static = marks.get(STATIC_HASH, "")
+    return static if MIRROR in marks and _HASH.fullmatch(static) else uid

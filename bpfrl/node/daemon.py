@@ -1,0 +1,98 @@
+"""``bpfrl serve-node``: the service's process.
+
+It holds no state. Limits are pinned in the kernel, so they outlive it however it ends, and what a former process or a
+reboot of pods has left behind is swept when it starts and once a minute.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from typing import Final
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from bpfrl.bpf import sockets
+from bpfrl.cgroup import CgroupTree
+from bpfrl.errors import BpfrlError, KernelError
+from bpfrl.node.agent import Agent
+from bpfrl.node.server import NodeService
+from bpfrl.rpc import node_pb2, tls
+from bpfrl.rpc.node_pb2_grpc import add_NodeServicer_to_server
+
+log = logging.getLogger(__name__)
+
+SERVICE: Final = node_pb2.DESCRIPTOR.services_by_name["Node"].full_name
+# The kernel lets go of a removed cgroup by itself: what is swept is only the empty pins.
+_SWEEP_SECONDS: Final = 60.0
+# Calls on the way take milliseconds; only one that waits for a cgroup is cut off.
+_GRACE_SECONDS: Final = 5.0
+_OPTIONS: Final = (
+    ("grpc.so_reuseport", 0),  # a second daemon on this port is a mistake, and not to share the work
+    ("grpc.max_receive_message_length", 2**20),
+    # A certificate is checked in the handshake: once an hour there is a new one.
+    ("grpc.max_connection_age_ms", 3_600_000),
+    ("grpc.max_connection_age_grace_ms", 60_000),
+)
+
+
+async def serve(agent: Agent, tree: CgroupTree, address: str, certificates: tls.Certificates | None) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Args:
+        agent: this node's limiters.
+        tree: this node's pods.
+        address: where to listen, as HOST:PORT.
+        certificates: what to show and to ask for; None: no TLS.
+
+    Raises:
+        KernelError: the address cannot be had.
+    """
+    server = grpc.aio.server(options=_OPTIONS)
+    service = NodeService(agent, tree, roles=certificates is not None)
+    add_NodeServicer_to_server(service, server)
+    healthy = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+    try:
+        if certificates:
+            port = server.add_secure_port(address, tls.server_credentials(certificates))
+        else:
+            port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise KernelError(f"cannot listen on {address}: is another process listening there?") from error
+
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    await asyncio.to_thread(_warm_up, agent)
+    await server.start()
+    for name in ("", SERVICE):
+        await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
+    log.info("serving on %s (port %d)%s", address, port, "" if certificates else " without TLS")
+    sweeper = asyncio.create_task(_sweep_for_ever(service))
+    try:
+        await stopped.wait()
+    finally:
+        log.info("stopping; limits stay in force")
+        sweeper.cancel()
+        await healthy.enter_graceful_shutdown()
+        await server.stop(_GRACE_SECONDS)
+        await asyncio.to_thread(service.close)
+
+
+async def _sweep_for_ever(service: NodeService) -> None:
+    while True:
+        try:
+            await service.sweep()
+        except (BpfrlError, OSError) as error:
+            log.warning("cannot sweep: %s", error)
+        await asyncio.sleep(_SWEEP_SECONDS)
+
+
+def _warm_up(agent: Agent) -> None:
+    """What the first call would otherwise wait for: libbpf, and a compiler run."""
+    agent.limiters()
+    sockets.prepare()

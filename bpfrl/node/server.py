@@ -1,0 +1,228 @@
+"""The agent, over gRPC: ``node.proto``'s service.
+
+Bytes are received without holding anything, and then applied in one go by the agent: a transfer that breaks
+off has touched nothing, and of two for one pod each is applied whole, one after the other. The agent's calls run one at
+a time in a thread of their own, for they wait for the kernel; everything else waits in the event loop, where ten
+thousand idle calls cost nothing but memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import grpc
+
+from bpfrl.bpf import generator
+from bpfrl.bpf.limiter import Stage
+from bpfrl.cgroup import CgroupTree, Search
+from bpfrl.errors import (
+    BpfrlError,
+    CgroupNotFoundError,
+    DamagedTransferError,
+    InvalidObjectError,
+    InvalidValueError,
+    NotLimitedError,
+    OversizedError,
+    RoleError,
+    TransferTimeoutError,
+)
+from bpfrl.limits import Change, Limits, PodRef
+from bpfrl.node.agent import Agent
+from bpfrl.rpc import messages, node_pb2, statuses, tls
+from bpfrl.rpc.node_pb2_grpc import NodeServicer
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+_Context = grpc.aio.ServicerContext[Any, Any]
+_Requests = AsyncIterator[node_pb2.AttachRequest]
+
+# A limiter has 24 KB.
+_LARGEST_PROGRAM_BYTES: Final = 2**20
+# On a bad line a limiter takes a second or two.
+_TRANSFER_SECONDS: Final = 20.0
+# The master asks again; calls that wait for nothing do not pile up here.
+_LONGEST_WAIT_SECONDS: Final = 300.0
+_STAGES: Final = {Stage.LOADED: node_pb2.STAGE_LOADED, Stage.PINNED: node_pb2.STAGE_PINNED}
+
+
+class NodeService(NodeServicer):
+    """What a master may ask of this node.
+
+    Args:
+        agent: what does it.
+        tree: where the pods' cgroups are.
+        roles: whether the caller's certificate must have the master's role; False only without TLS.
+    """
+
+    def __init__(self, agent: Agent, tree: CgroupTree, *, roles: bool) -> None:
+        self._agent = agent
+        self._tree = tree
+        self._roles = roles
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="agent")
+
+    async def Attach(  # noqa: N802 - gRPC's names
+        self, request_iterator: _Requests, context: _Context
+    ) -> AsyncIterator[node_pb2.AttachReply]:
+        """Give a pod a limiter, or change the one it has."""
+        async with self._answering(context, "attach"):
+            header, pod, limits = await self._header(request_iterator)
+            path = await self._cgroup(pod.uid, header.wait_ms / 1000)
+            change = await self._keep(pod, limits, header.build, path)
+            if change is None:
+                yield node_pb2.AttachReply(stage=node_pb2.STAGE_PROCEED)
+                image = await _receive(request_iterator, header)
+                _compare(image, header, limits)
+                yield node_pb2.AttachReply(stage=node_pb2.STAGE_RECEIVED)
+                stages: asyncio.Queue[Stage | None] = asyncio.Queue()
+                attached = self._start_attach(image, pod, path, stages)
+                while stage := await stages.get():
+                    yield node_pb2.AttachReply(stage=_STAGES[stage])
+                change = await attached
+            log.info("%s %s: %s", pod, change.value, limits)
+            yield node_pb2.AttachReply(stage=node_pb2.STAGE_ATTACHED, change=messages.from_change(change))
+
+    async def Update(  # noqa: N802
+        self, request: node_pb2.UpdateRequest, context: _Context
+    ) -> node_pb2.Done:
+        """Change the limits of a pod that has a limiter."""
+        async with self._answering(context, "update"):
+            uid, limits = messages.to_uid(request.uid), _limiting(messages.to_limits(request.limits))
+            change = await self._do(self._agent.update, uid, limits)
+            log.info("%s %s: %s", uid, change.value, limits)
+            return node_pb2.Done(change=messages.from_change(change))
+
+    async def Detach(  # noqa: N802
+        self, request: node_pb2.DetachRequest, context: _Context
+    ) -> node_pb2.Done:
+        """Take a pod's limiter off."""
+        async with self._answering(context, "detach"):
+            uid = messages.to_uid(request.uid)
+            change = await self._do(self._agent.detach, uid)
+            log.info("%s %s", uid, change.value)
+            return node_pb2.Done(change=messages.from_change(change))
+
+    async def List(  # noqa: N802
+        self,
+        request: node_pb2.ListRequest,  # noqa: ARG002
+        context: _Context,
+    ) -> node_pb2.ListReply:
+        """Every limiter of this node."""
+        async with self._answering(context, "list"):
+            found = await self._do(self._agent.limiters)
+            return node_pb2.ListReply(limiters=map(messages.from_limiter, found))
+
+    async def sweep(self) -> None:
+        """Remove what no running pod needs any more."""
+        for uid in await self._do(self._agent.sweep):
+            log.info("%s swept: its pod has ended", uid)
+
+    def close(self) -> None:
+        """Finish what is being done, and take nothing more."""
+        self._worker.shutdown()
+
+    async def _header(self, requests: _Requests) -> tuple[node_pb2.Header, PodRef, Limits]:
+        try:
+            async with asyncio.timeout(_TRANSFER_SECONDS):
+                first = await anext(requests, None)
+        except TimeoutError:
+            raise TransferTimeoutError(f"no header came within {_TRANSFER_SECONDS:.0f} s") from None
+        if first is None or first.WhichOneof("step") != "header":
+            raise InvalidValueError("the first message must be the header")
+        header = first.header
+        if header.size > _LARGEST_PROGRAM_BYTES:
+            raise OversizedError(
+                f"a program of {header.size} byte is no limiter: those have at most {_LARGEST_PROGRAM_BYTES}"
+            )
+        pod = messages.to_pod(header.pod)
+        messages.to_uid(pod.uid)
+        return header, pod, _limiting(messages.to_limits(header.limits))
+
+    async def _cgroup(self, uid: str, wait: float) -> Path:
+        search = Search(self._tree, uid, min(wait, _LONGEST_WAIT_SECONDS))
+        while (found := search.look()) is None:
+            await asyncio.sleep(search.pause())
+        return found
+
+    async def _keep(self, pod: PodRef, limits: Limits, build: bytes, path: Path) -> Change | None:
+        """Change the limits of a pod that runs this very program; None if it does not."""
+        if not await self._do(self._agent.runs, pod, path, build):
+            return None
+        try:
+            return await self._do(self._agent.update, pod.uid, limits)
+        except NotLimitedError:  # gone between the two
+            return None
+
+    def _start_attach(
+        self, image: bytes, pod: PodRef, path: Path, stages: asyncio.Queue[Stage | None]
+    ) -> asyncio.Future[Change]:
+        loop = asyncio.get_running_loop()
+
+        def put(stage: Stage | None) -> None:
+            loop.call_soon_threadsafe(stages.put_nowait, stage)
+
+        def attach() -> Change:
+            try:
+                return self._agent.attach(image, pod, path, put)
+            finally:
+                put(None)
+
+        return loop.run_in_executor(self._worker, attach)
+
+    async def _do(self, function: Callable[..., Result], *arguments: object) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._worker, function, *arguments)
+
+    @asynccontextmanager
+    async def _answering(self, context: _Context, what: str) -> AsyncIterator[None]:
+        """Admit the caller, and turn what goes wrong into a status and a line in the log."""
+        try:
+            if self._roles and tls.MASTER not in tls.peer_roles(context.auth_context()):
+                roles = ", ".join(tls.peer_roles(context.auth_context())) or "nothing"
+                raise RoleError(f"the certificate is for {roles}: it must have the DNS name {tls.MASTER}")
+            yield
+        except BpfrlError as error:
+            waiting = isinstance(error, CgroupNotFoundError | NotLimitedError)
+            level = logging.INFO if waiting else logging.WARNING
+            log.log(level, "refused %s from %s: %s", what, context.peer(), error)
+            await context.abort(statuses.code_of(error), str(error))
+
+
+def _limiting(limits: Limits) -> Limits:
+    if limits.unlimited:
+        raise InvalidValueError("the limits limit nothing: detach the pod instead")
+    return limits
+
+
+async def _receive(requests: _Requests, header: node_pb2.Header) -> bytes:
+    image = bytearray()
+    try:
+        async with asyncio.timeout(_TRANSFER_SECONDS):
+            async for request in requests:
+                if request.WhichOneof("step") != "chunk":
+                    raise InvalidValueError("after the header, nothing but the program's bytes may come")
+                image += request.chunk
+                if len(image) > header.size:
+                    raise DamagedTransferError(f"more than the {header.size} byte came that were announced")
+    except TimeoutError:
+        raise TransferTimeoutError(
+            f"{len(image)} of {header.size} byte came within {_TRANSFER_SECONDS:.0f} s"
+        ) from None
+    return bytes(image)
+
+
+def _compare(image: bytes, header: node_pb2.Header, limits: Limits) -> None:
+    """What came must be what was announced, and a limiter with the limits that were announced."""
+    if len(image) != header.size:
+        raise DamagedTransferError(f"{len(image)} byte came, {header.size} were announced")
+    if hashlib.sha256(image).digest() != header.sha256:
+        raise DamagedTransferError("the program's SHA-256 is not the announced one")
+    contents = generator.inspect(image)
+    if contents.limits != limits or contents.build != header.build:
+        raise InvalidObjectError("the program's limits or build are not those in the header")

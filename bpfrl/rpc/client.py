@@ -1,0 +1,163 @@
+"""The master's side of the node service: one node, by address.
+
+Each method is one call and ends in one of three ways: the node did it; the node said no
+(:class:`~bpfrl.errors.RefusedError`, with the code); or there is no telling
+(:class:`~bpfrl.errors.UnreachableError`): no connection, no answer in time, cut off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Final, cast
+
+import grpc
+
+from bpfrl.bpf.limiter import Broken, Status
+from bpfrl.errors import InvalidValueError, RefusedError, UnreachableError
+from bpfrl.limits import Change, Limits, PodRef
+from bpfrl.rpc import messages, node_pb2, statuses, tls
+from bpfrl.rpc.node_pb2_grpc import NodeStub
+
+if TYPE_CHECKING:
+    from bpfrl.rpc.node_pb2_grpc import NodeAsyncStub
+
+# An answer takes milliseconds; a node that is busy with hundreds of pods takes a second or two.
+_CALL_SECONDS: Final = 15.0
+_CHUNK_BYTES: Final = 64 * 2**10
+_OPTIONS: Final = (
+    # When to try a connection again is the caller's to decide; these only keep gRPC from waiting longer than that.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 3_000),
+    ("grpc.max_reconnect_backoff_ms", 3_000),
+    # One channel a node, none shared: a node that does not answer is nobody else's trouble.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.max_receive_message_length", 16 * 2**20),
+)
+
+
+class NodeClient:
+    """Calls to one node.
+
+    Args:
+        address: its IP address or host name.
+        port: where its daemon listens.
+        certificates: what to connect with; None: without TLS, on loopback only.
+    """
+
+    def __init__(self, address: str, port: int, certificates: tls.Certificates | None) -> None:
+        self.target = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+        self._refusal = "" if certificates or tls.is_loopback(address) else "no TLS (--insecure) beyond loopback"
+        self._certificates = certificates
+        self._bundle: tls.Bundle | None = None
+        self._channel: grpc.aio.Channel | None = None
+        self._closing: asyncio.Task[None] | None = None
+
+    async def attach(self, pod: PodRef, limits: Limits, image: bytes, build: bytes, wait: float = 0) -> Change:
+        """Give a pod a limiter.
+
+        Args:
+            pod: the pod.
+            limits: its limits, which the object carries too.
+            image: the object.
+            build: the digest of its programs, as :attr:`bpfrl.bpf.generator.Contents.build`.
+            wait: how long the node may wait for the pod's cgroup, s.
+        """
+        header = node_pb2.Header(
+            pod=messages.from_pod(pod),
+            limits=messages.from_limits(limits),
+            size=len(image),
+            sha256=hashlib.sha256(image).digest(),
+            build=build,
+            wait_ms=round(wait * 1000),
+        )
+        change = None
+        with self._errors():
+            stream = self._stub().Attach(timeout=_CALL_SECONDS + wait)
+            try:
+                await _write(stream, node_pb2.AttachRequest(header=header))
+                async for reply in _replies(stream):
+                    if reply.stage == node_pb2.STAGE_PROCEED:
+                        for start in range(0, len(image), _CHUNK_BYTES):
+                            await _write(stream, node_pb2.AttachRequest(chunk=image[start : start + _CHUNK_BYTES]))
+                        await _end(stream)
+                    elif reply.stage == node_pb2.STAGE_ATTACHED:
+                        change = messages.to_change(reply.change)
+            finally:
+                stream.cancel()
+        if change is None:
+            raise UnreachableError(f"node {self.target}: the answer ends before the limiter is attached")
+        return change
+
+    async def update(self, uid: str, limits: Limits) -> Change:
+        """Change the limits of a pod that has a limiter."""
+        request = node_pb2.UpdateRequest(uid=uid, limits=messages.from_limits(limits))
+        with self._errors():
+            done = await self._stub().Update(request, timeout=_CALL_SECONDS)
+            return messages.to_change(done.change)
+
+    async def detach(self, uid: str) -> Change:
+        """Take a pod's limiter off."""
+        with self._errors():
+            done = await self._stub().Detach(node_pb2.DetachRequest(uid=uid), timeout=_CALL_SECONDS)
+            return messages.to_change(done.change)
+
+    async def list(self) -> list[Status | Broken]:
+        """Every limiter of the node, and every folder that should be one."""
+        with self._errors():
+            reply = await self._stub().List(node_pb2.ListRequest(), timeout=_CALL_SECONDS)
+            return [messages.to_limiter(limiter) for limiter in reply.limiters]
+
+    async def close(self) -> None:
+        """Close the connection."""
+        channel, self._channel = self._channel, None
+        if channel:
+            await channel.close()
+
+    def _stub(self) -> NodeAsyncStub:
+        """The service, over a connection that is made with the certificates as they are now."""
+        if self._refusal:
+            raise UnreachableError(f"node {self.target}: {self._refusal}")
+        bundle = self._certificates.current() if self._certificates else None
+        if self._channel is None or bundle != self._bundle:
+            if self._channel:
+                # Calls on the way may end on the connection that they have.
+                self._closing = asyncio.create_task(self._channel.close(_CALL_SECONDS))
+            self._channel, self._bundle = self._connect(bundle), bundle
+        return NodeStub(self._channel)
+
+    def _connect(self, bundle: tls.Bundle | None) -> grpc.aio.Channel:
+        if bundle is None:
+            return grpc.aio.insecure_channel(self.target, options=_OPTIONS)
+        options = (*_OPTIONS, *tls.CHANNEL_OPTIONS)
+        return grpc.aio.secure_channel(self.target, tls.channel_credentials(bundle), options=options)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except grpc.aio.AioRpcError as error:
+            raise statuses.error_of(self.target, error) from error
+        except InvalidValueError as error:
+            raise RefusedError(f"its answer cannot be understood: {error}", grpc.StatusCode.INTERNAL.name) from error
+
+
+_Stream = grpc.aio.StreamStreamCall[node_pb2.AttachRequest, node_pb2.AttachReply]
+
+
+async def _write(stream: _Stream, request: node_pb2.AttachRequest) -> None:
+    # Where the call has ended meanwhile, reading tells why.
+    with suppress(asyncio.InvalidStateError):
+        await stream.write(request)
+
+
+async def _end(stream: _Stream) -> None:
+    with suppress(asyncio.InvalidStateError):
+        await stream.done_writing()
+
+
+async def _replies(stream: _Stream) -> AsyncIterator[node_pb2.AttachReply]:
+    while (reply := await stream.read()) is not grpc.aio.EOF:
+        yield cast(node_pb2.AttachReply, reply)

@@ -1,0 +1,62 @@
+"""Errors as gRPC statuses, and back: what ``node.proto`` says of each code."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import grpc
+
+from bpfrl.errors import (
+    AlreadyLimitedError,
+    AmbiguousCgroupError,
+    BpfrlError,
+    BrokenLimiterError,
+    CgroupNotFoundError,
+    DamagedTransferError,
+    InvalidObjectError,
+    InvalidValueError,
+    NotLimitedError,
+    OversizedError,
+    RefusedError,
+    RoleError,
+    TransferTimeoutError,
+    UnreachableError,
+    VerifierError,
+)
+
+_CODES: Final[dict[type[BpfrlError], grpc.StatusCode]] = {
+    InvalidValueError: grpc.StatusCode.INVALID_ARGUMENT,
+    InvalidObjectError: grpc.StatusCode.INVALID_ARGUMENT,
+    CgroupNotFoundError: grpc.StatusCode.NOT_FOUND,
+    NotLimitedError: grpc.StatusCode.NOT_FOUND,
+    DamagedTransferError: grpc.StatusCode.DATA_LOSS,
+    OversizedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    TransferTimeoutError: grpc.StatusCode.DEADLINE_EXCEEDED,
+    AlreadyLimitedError: grpc.StatusCode.ALREADY_EXISTS,
+    VerifierError: grpc.StatusCode.FAILED_PRECONDITION,
+    BrokenLimiterError: grpc.StatusCode.FAILED_PRECONDITION,
+    AmbiguousCgroupError: grpc.StatusCode.FAILED_PRECONDITION,
+    RoleError: grpc.StatusCode.PERMISSION_DENIED,
+}
+# The node has not answered, or not to the end: whether the call was carried out is not known.
+_UNANSWERED: Final = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.UNKNOWN,
+    }
+)
+
+
+def code_of(error: BpfrlError) -> grpc.StatusCode:
+    """The code that an error goes out with."""
+    return _CODES.get(type(error), grpc.StatusCode.INTERNAL)
+
+
+def error_of(node: str, error: grpc.aio.AioRpcError) -> UnreachableError | RefusedError:
+    """The error that a call to a node has ended with."""
+    code, text = error.code(), " ".join((error.details() or "no reason given").split())
+    if code in _UNANSWERED:
+        return UnreachableError(f"node {node}: {text}")
+    return RefusedError(text, code.name)
