@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import tempfile
 from ctypes import Structure, sizeof
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from io import BytesIO
 from pathlib import Path
@@ -68,12 +68,7 @@ class _Template(NamedTuple):
 @cache
 def _template() -> _Template:
     image = compile_object("limiter.bpf.c")
-    return _Template(
-        image,
-        hashlib.sha256(image).digest(),
-        _place(image, "limits", LimitsData),
-        _place(image, "identity", IdentityData),
-    )
+    return _Template(image, hashlib.sha256(image).digest(), *_places(image))
 
 
 def build() -> bytes:
@@ -105,19 +100,20 @@ def relabel(image: bytes, contents: Contents, pod: PodRef) -> bytes:
     return bytes(changed)
 
 
+@lru_cache(maxsize=8)  # a node looks at what it has received, and then again to attach it
 def inspect(image: bytes) -> Contents:
-    """Read back what :func:`generate` wrote.
+    """Read back what :func:`generate` wrote; not to be changed.
 
     Raises:
         InvalidObjectError: the bytes are no limiter of this layout.
     """
-    identity_at = _place(image, "identity", IdentityData)
+    limits_at, identity_at = _places(image)
     identity = IdentityData.from_buffer_copy(image, identity_at)
     if identity.layout != LAYOUT:
         raise InvalidObjectError(
             f"the object has layout {identity.layout}, this bpfrl knows {LAYOUT}: generate it again with this version"
         )
-    data = LimitsData.from_buffer_copy(image, _place(image, "limits", LimitsData))
+    data = LimitsData.from_buffer_copy(image, limits_at)
     try:
         pod = read_identity(identity)
         limits = law.decode(data)
@@ -233,18 +229,29 @@ def _write(image: bytearray, place: int, data: Structure) -> None:
     image[place : place + sizeof(data)] = bytes(data)
 
 
-def _place(image: bytes, symbol: str, expected: type[Structure]) -> int:
-    """The offset in the file of a symbol's data, checked against the structure that is to be there."""
+def _places(image: bytes) -> tuple[int, int]:
+    """The offsets in the file of the limits and the identity, checked against the structures that are to be there."""
     try:
         elf = ELFFile(BytesIO(image))
         table = elf.get_section_by_name(".symtab")
-        entries = table.get_symbol_by_name(symbol) if isinstance(table, SymbolTableSection) else None
-        if entries and elf["e_machine"] == "EM_BPF":
-            section = elf.get_section(entries[0]["st_shndx"])
-            place = int(section["sh_offset"] + entries[0]["st_value"])
-            fits = section["sh_type"] == "SHT_PROGBITS" and place + sizeof(expected) <= len(image)
-            if fits and entries[0]["st_size"] == sizeof(expected):
-                return place
+        if isinstance(table, SymbolTableSection) and elf["e_machine"] == "EM_BPF":
+            limits_at, identity_at = (
+                _place(elf, table, symbol, expected, len(image))
+                for symbol, expected in (("limits", LimitsData), ("identity", IdentityData))
+            )
+            return limits_at, identity_at
     except (ELFError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         log.debug("not an object", exc_info=error)
     raise InvalidObjectError("this is not a bpfrl limiter, or one of another version: make it with bpfrl generate")
+
+
+def _place(elf: ELFFile, table: SymbolTableSection, symbol: str, expected: type[Structure], end: int) -> int:
+    """The offset of a symbol's data; LookupError if there is none of that size."""
+    entries = table.get_symbol_by_name(symbol) or ()
+    for entry in entries[:1]:
+        section = elf.get_section(entry["st_shndx"])
+        place = int(section["sh_offset"] + entry["st_value"])
+        fits = section["sh_type"] == "SHT_PROGBITS" and place + sizeof(expected) <= end
+        if fits and entry["st_size"] == sizeof(expected):
+            return place
+    raise LookupError(symbol)

@@ -42,10 +42,12 @@ def release(storage: Descriptor, path: Path) -> None:
         KernelError: the kernel has no such iterators (before 5.16), or refused.
     """
     with ExitStack() as stack:
+        namespaces = [stack.enter_context(Descriptor(number)) for number in cgroup.open_network_namespaces(path)]
+        if not namespaces:
+            return
         loaded = stack.enter_context(LoadedObject(generator.compile_object(_SOURCE), reuse={"sockets": storage}))
         program = loaded.program("bpfrl_release")
-        for number in cgroup.open_network_namespaces(path):
-            namespace = stack.enter_context(Descriptor(number))
+        for namespace in namespaces:
             # setns(2) moves a thread: one of its own, so that nothing else is moved.
             with ThreadPoolExecutor(max_workers=1) as thread:
                 thread.submit(_iterate_in, namespace, program).result()
