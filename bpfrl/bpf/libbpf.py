@@ -14,6 +14,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from ctypes import POINTER, Structure, byref, c_bool, c_char, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
@@ -30,6 +32,8 @@ _LOG_BYTES: Final = 1 << 20
 _LOG_LINES: Final = 3
 _NAMES: Final = 3
 _OBJECT_NAME: Final = b"bpfrl"
+# libbpf puts the object's name before the names of some sections' maps.
+_SECTION_MAP: Final = re.compile(rf"{_OBJECT_NAME.decode()}(?=\.)")
 _READ_BYTES: Final = 1 << 16
 
 
@@ -65,12 +69,13 @@ class MapType(IntEnum):
 
 
 class MapShape(NamedTuple):
-    """What a map is made as; sizes in byte."""
+    """What a map is made as; sizes in byte, flags as BPF_F_* (linux/bpf.h)."""
 
     kind: int
     key_size: int
     value_size: int
     entries: int
+    flags: int
 
 
 class Shape(NamedTuple):
@@ -150,12 +155,14 @@ _PROTOTYPES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "bpf_program__name": (c_char_p, (c_void_p,)),
     "bpf_program__type": (c_int, (c_void_p,)),
     "bpf_program__expected_attach_type": (c_int, (c_void_p,)),
+    "bpf_program__autoload": (c_bool, (c_void_p,)),
     "bpf_program__fd": (c_int, (c_void_p,)),
     "bpf_map__name": (c_char_p, (c_void_p,)),
     "bpf_map__type": (c_int, (c_void_p,)),
     "bpf_map__key_size": (c_uint32, (c_void_p,)),
     "bpf_map__value_size": (c_uint32, (c_void_p,)),
     "bpf_map__max_entries": (c_uint32, (c_void_p,)),
+    "bpf_map__map_flags": (c_uint32, (c_void_p,)),
     "bpf_map__pin_path": (c_char_p, (c_void_p,)),
     "bpf_map__fd": (c_int, (c_void_p,)),
     "bpf_map__reuse_fd": (c_int, (c_void_p, c_int)),
@@ -202,7 +209,7 @@ class LoadedObject:
             shape: what it must hold, no less and no more, if that is not known for certain.
 
         Raises:
-            InvalidObjectError: it does not have that shape; nothing of it has gone to the kernel.
+            InvalidObjectError: it is damaged, or does not have that shape; nothing of it has gone to the kernel.
             VerifierError: the kernel does not take its programs.
         """
         lib = _lib()
@@ -212,7 +219,7 @@ class LoadedObject:
         with ExitStack() as undo:
             self._object = lib.bpf_object__open_mem(image, len(image), byref(options))
             if not self._object:
-                _fail("open the BPF object")
+                raise InvalidObjectError(f"libbpf cannot open the object: {os.strerror(ctypes.get_errno())}")
             undo.callback(lib.bpf_object__close, self._object)
             if shape:
                 _compare(self._object, shape)
@@ -364,29 +371,32 @@ def _refused(verdict: str) -> NoReturn:
 
 def _compare(opened: int, shape: Shape) -> None:
     programs, maps, pinned = _contents(opened)
-    if programs != shape.programs or maps != shape.maps or pinned:
-        strange = {*(programs.items() ^ shape.programs.items()), *(maps.items() ^ shape.maps.items())}
-        names = sorted({name for name, _ in strange} | pinned)
-        raise InvalidObjectError(f"not the programs and maps of a limiter: {', '.join(names[:_NAMES])}")
+    # Counted: of two things with one name, libbpf's look-ups find only the first.
+    found, expected = Counter((*programs, *maps)), Counter((*shape.programs.items(), *shape.maps.items()))
+    names = {name for name, _ in (found - expected) + (expected - found)} | pinned
+    if names:
+        raise InvalidObjectError(f"not the programs and maps of a limiter: {', '.join(sorted(names)[:_NAMES])}")
 
 
-def _contents(opened: int) -> tuple[dict[str, tuple[int, int]], dict[str, MapShape], set[str]]:
-    """Programs and maps of an object that is open and not loaded, and which maps want to be pinned somewhere."""
+def _contents(opened: int) -> tuple[list[tuple[str, tuple[int, int]]], list[tuple[str, MapShape]], set[str]]:
+    """Programs that would be loaded and maps of an object that is open, and which maps want to be pinned somewhere."""
     lib = _lib()
-    programs, maps, pinned = {}, {}, set()
+    programs, maps, pinned = [], [], set()
     handle = None
     while handle := lib.bpf_object__next_program(opened, handle):
         name = lib.bpf_program__name(handle).decode(errors="replace")
-        programs[name] = (lib.bpf_program__type(handle), lib.bpf_program__expected_attach_type(handle))
+        if lib.bpf_program__autoload(handle):
+            programs.append((name, (lib.bpf_program__type(handle), lib.bpf_program__expected_attach_type(handle))))
     while handle := lib.bpf_object__next_map(opened, handle):
-        # libbpf puts the object's name before some sections' names.
-        name = lib.bpf_map__name(handle).decode(errors="replace").removeprefix(_OBJECT_NAME.decode())
-        maps[name] = MapShape(
+        name = _SECTION_MAP.sub("", lib.bpf_map__name(handle).decode(errors="replace"))
+        shape = MapShape(
             lib.bpf_map__type(handle),
             lib.bpf_map__key_size(handle),
             lib.bpf_map__value_size(handle),
             lib.bpf_map__max_entries(handle),
+            lib.bpf_map__map_flags(handle),
         )
+        maps.append((name, shape))
         if lib.bpf_map__pin_path(handle):
             pinned.add(name)
     return programs, maps, pinned

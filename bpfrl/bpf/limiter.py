@@ -57,6 +57,10 @@ _STATE_MAPS: Final = (
     ("sockets", "sockets"),
 )
 _IDENTITY: Final = ("identity", ".rodata.identity")
+# linux/bpf.h
+_NO_PREALLOC: Final = 1 << 0
+_READ_ONLY: Final = 1 << 7
+_MMAPABLE: Final = 1 << 10
 # Nothing else is loaded, whoever has sent it. The sizes are those of limiter.h and sockets.h.
 _SHAPE: Final = Shape(
     programs={
@@ -65,11 +69,11 @@ _SHAPE: Final = Shape(
         "bpfrl_sockops": (ProgramType.SOCK_OPS, AttachType.CGROUP_SOCK_OPS),
     },
     maps={
-        ".data.limits": MapShape(MapType.ARRAY, 4, sizeof(LimitsData), 1),
-        ".rodata.identity": MapShape(MapType.ARRAY, 4, sizeof(IdentityData), 1),
-        ".bss": MapShape(MapType.ARRAY, 4, STATE_BYTES, 1),
-        "counters": MapShape(MapType.PERCPU_ARRAY, 4, sizeof(CountersData), len((EGRESS, INGRESS))),
-        "sockets": MapShape(MapType.SK_STORAGE, 4, SOCKET_BYTES, 0),
+        ".data.limits": MapShape(MapType.ARRAY, 4, sizeof(LimitsData), 1, _MMAPABLE),
+        ".rodata.identity": MapShape(MapType.ARRAY, 4, sizeof(IdentityData), 1, _MMAPABLE | _READ_ONLY),
+        ".bss": MapShape(MapType.ARRAY, 4, STATE_BYTES, 1, _MMAPABLE),
+        "counters": MapShape(MapType.PERCPU_ARRAY, 4, sizeof(CountersData), len((EGRESS, INGRESS)), 0),
+        "sockets": MapShape(MapType.SK_STORAGE, 4, SOCKET_BYTES, 0, _NO_PREALLOC),
     },
 )
 _LINK: Final = "_link"
@@ -188,10 +192,11 @@ class Limiter:
         with ExitStack() as stack:
             kept = {symbol: stack.enter_context(self._open(name)) for name, symbol in _STATE_MAPS}
             new = stack.enter_context(LoadedObject(image, reuse=kept, shape=_SHAPE))
-            for name, function, _ in _PROGRAMS:
-                libbpf.replace(stack.enter_context(self._open(name + _LINK)), new.program(function))
-            pins = [(name, new.program(function)) for name, function, _ in _PROGRAMS]
-            for name, descriptor in [*pins, (_IDENTITY[0], new.map(_IDENTITY[1]))]:
+            programs = {name: new.program(function) for name, function, _ in _PROGRAMS}
+            links = {name: stack.enter_context(self._open(name + _LINK)) for name in programs}
+            for name, program in programs.items():
+                libbpf.replace(links[name], program)
+            for name, descriptor in [*programs.items(), (_IDENTITY[0], new.map(_IDENTITY[1]))]:
                 successor = self.folder / (name + STAGED)
                 if os.path.lexists(successor):
                     successor.unlink()
@@ -272,9 +277,9 @@ def discard(folder: Path) -> None:
         # Unlinking the pin alone would let go of the cgroup some time later.
         with suppress(KernelError), libbpf.open_pinned(folder / (name + _LINK)) as link:
             libbpf.detach(link)
-    for name in sorted(_OURS.intersection(os.listdir(folder))):
-        (folder / name).unlink()
     try:
+        for name in sorted(_OURS.intersection(os.listdir(folder))):
+            (folder / name).unlink()
         folder.rmdir()
     except OSError as error:
         raise BrokenLimiterError(f"{folder} holds what bpfrl has not made: look at it, and remove it") from error

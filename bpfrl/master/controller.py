@@ -200,7 +200,12 @@ class Controller:
         if address not in self._running and not self._draining:
             task = asyncio.create_task(self._workers[address].run(), name=address)
             self._running[address] = task
-            task.add_done_callback(lambda _: self._running.pop(address, None))
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._running.pop(task.get_name(), None)
+        if not task.cancelled() and (error := task.exception()):
+            log.critical("a mistake in bpfrl: node %s: %r", task.get_name(), error, exc_info=error)
 
     async def _prune(self) -> None:
         for address, worker in list(self._workers.items()):

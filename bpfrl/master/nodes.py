@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from enum import Enum
 from typing import Final, NamedTuple
 
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 _SLOTS: Final = 8
 # A kubelet makes a pod's cgroup within seconds. Until then the node watches for it, which costs a call but no slot.
 _CGROUP_SECONDS: Final = 30.0
-# Half a minute after a pod was placed, somebody may wonder.
+# After as many waits, a minute, somebody may wonder.
 _PATIENCE: Final = 2
 _FIRST_POD_PAUSE: Final = 0.5
 _LONGEST_POD_PAUSE: Final = 60.0
@@ -251,15 +252,15 @@ class NodeWorker:
         if not task.cancelled() and (error := task.exception()):
             log.critical("a mistake in bpfrl: %s: %r", uid, error, exc_info=error)
             self._pause(uid)
-        elif uid not in self._timers:
+        if uid not in self._timers:
             self._changed.add(uid)
-            self._wake.set()
+        self._wake.set()
 
     async def _carry_out(self, uid: str, verb: Verb, want: Want | None) -> None:
         self._set(uid, Has())
         try:
             if want is None or want.limits is None:
-                async with self._slots:
+                async with self._slot():
                     await self._client.detach(uid)
                 self._set(uid, None)
                 if pod := self._leaving.pop(uid, None):
@@ -272,6 +273,8 @@ class NodeWorker:
         except UnreachableError as error:
             log.log(logging.DEBUG if self._found is None else logging.WARNING, "%s", error)
             self._found = None
+            # It may answer all questions but this one.
+            self._pause(uid)
         except RefusedError as error:
             self._refused(uid, want, error)
 
@@ -279,7 +282,7 @@ class NodeWorker:
         """Attach or update, and wait for the pod's cgroup if it is not there yet."""
         image = b""
         try:
-            async with self._slots:
+            async with self._slot():
                 if verb is Verb.UPDATE:
                     return await self._client.update(uid, limits)
                 image = generator.generate(pod.ref, limits)
@@ -293,6 +296,13 @@ class NodeWorker:
             return await self._client.attach(pod.ref, limits, image, self._build, _CGROUP_SECONDS)
         finally:
             self._patient.discard(uid)
+
+    @asynccontextmanager
+    async def _slot(self) -> AsyncIterator[None]:
+        async with self._slots:
+            if self._stopping:
+                raise asyncio.CancelledError
+            yield
 
     def _refused(self, uid: str, want: Want | None, error: RefusedError) -> None:
         failures = self._pause(uid)

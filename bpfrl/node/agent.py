@@ -94,7 +94,12 @@ class Agent:
             return _set(current, contents.data)
 
     def runs(self, pod: PodRef, path: Path, build: bytes) -> bool:
-        """True where a pod has the programs of a build on its cgroup, so that only its limits may have to change."""
+        """True where a pod has the programs of a build on its cgroup, so that only its limits may have to change.
+
+        Raises:
+            CgroupNotFoundError: the cgroup has gone.
+            BrokenLimiterError: something else has put a folder where the limiter goes.
+        """
         if not self.is_mounted():
             return False
         with self._lock(fcntl.LOCK_SH), _present(path):
@@ -114,10 +119,11 @@ class Agent:
         folder = self.bpffs / PodRef(uid).uid
         if self.is_mounted():
             with self._lock(fcntl.LOCK_EX):
-                current = _open(folder)
+                # Beside what a call that was cut off has left, another limiter may be at work: attaching clears that.
+                current = None if limiter.leftovers(folder) else _open(folder)
                 if current is not None and current.cgroup_id:
                     return _set(current, law.encode(limits))
-        raise NotLimitedError(f"pod {uid} has no limiter here to update: attach one")
+        raise NotLimitedError(f"pod {uid} has no whole limiter here to update: attach one")
 
     def detach(self, uid: str) -> Change:
         """Take a pod's limiter off, whole or broken; :attr:`Change.ABSENT` if it has none.
@@ -178,7 +184,9 @@ class Agent:
             gone = isinstance(found, Status) and not found.cgroup_id
             if gone:
                 self._detach(uid)
-        except BpfrlError as error:
+        except (PermissionDeniedError, PermissionError):
+            raise
+        except (BpfrlError, OSError) as error:
             log.warning("cannot sweep %s: %s", self.bpffs / uid, error)
             return False
         return left or gone

@@ -235,6 +235,19 @@ FOREIGN: dict[str, tuple[Callable[[str], str], str]] = {
     ),
     "a section of data": (more('__u64 theirs SEC(".data.theirs") = 1;'), ".data.theirs"),
     "a map that is to be pinned": (instead(COUNTERS, f"{COUNTERS}__uint(pinning, LIBBPF_PIN_BY_NAME);\n"), "counters"),
+    "a map whose name begins with the object's": (
+        more(
+            A_MAP.format(kind="BPF_MAP_TYPE_PERCPU_ARRAY", entries=2, value="struct bpfrl_counters").replace(
+                "theirs", "bpfrlcounters"
+            )
+        ),
+        "bpfrlcounters",
+    ),
+    "a map that user space may not read": (
+        instead(COUNTERS, f"{COUNTERS}__uint(map_flags, BPF_F_WRONLY);\n"),
+        "counters",
+    ),
+    "a program that is not loaded": (instead('SEC("sockops")', 'SEC("?sockops")'), "bpfrl_sockops"),
     "a map of another type": (instead(COUNTERS, "__uint(type, BPF_MAP_TYPE_ARRAY);\n"), "counters"),
     "a map with many entries": (instead(ENTRIES, "__uint(max_entries, 1 << 20);\n"), "counters"),
     "more state": (more("__u64 theirs[1 << 20];"), ".bss"),

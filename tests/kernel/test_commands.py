@@ -73,7 +73,7 @@ def test_a_limiter_of_another_build_is_replaced_on_its_own_maps(bed: Lab, tmp_pa
     from bpfrl.bpf import generator  # noqa: PLC0415
     from bpfrl.bpf.layout import IdentityData  # noqa: PLC0415
 
-    place = generator._place(bytes(image), "identity", IdentityData) + IdentityData.build.offset
+    place = generator.inspect(bytes(image)).identity_at + IdentityData.build.offset
     image[place] ^= 0xFF
     (tmp_path / "other.o").write_bytes(image)
 

@@ -151,7 +151,7 @@ def test_update_and_upgrade_never_leave_the_pod_without_its_limiter(bed: Lab, tm
     for mark, file in enumerate(objects):
         bed.bpfrl("generate", "--rate", f"{mark + 1}mbit", "-o", str(file))
         image = bytearray(file.read_bytes())
-        image[generator._place(bytes(image), "identity", IdentityData) + IdentityData.build.offset] = mark
+        image[generator.inspect(bytes(image)).identity_at + IdentityData.build.offset] = mark
         file.write_bytes(image)
     bed.bpfrl("attach", "--pod-uid", bed.pod_uid, "--object", str(objects[0]))
     bed.ping(2)

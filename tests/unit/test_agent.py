@@ -18,7 +18,6 @@ from bpfrl.bpf.layout import Counters, LimitsData
 from bpfrl.bpf.limiter import Broken, Status
 from bpfrl.errors import (
     AlreadyLimitedError,
-    BpfrlError,
     BrokenLimiterError,
     CgroupNotFoundError,
     InvalidObjectError,
@@ -312,7 +311,7 @@ def test_a_pod_whose_cgroup_is_gone_has_no_limit_to_update(here: Agent, tmp_path
     pinned = Pinned(tmp_path)
     pinned.cgroup_id = 0
     plays(pinned)
-    with pytest.raises(NotLimitedError, match=f"^pod {UID} has no limiter here to update: attach one$"):
+    with pytest.raises(NotLimitedError, match=f"^pod {UID} has no whole limiter here to update: attach one$"):
         here.update(UID, FAST)
     assert pinned.done == []
 
@@ -324,7 +323,7 @@ def test_a_pod_without_a_whole_limiter_has_no_limit_to_update(here: Agent, pins:
         for pin in pins:
             folder.joinpath(pin).touch()
     before = set(here.bpffs.rglob("*"))
-    with pytest.raises(NotLimitedError, match=f"pod {UID} has no limiter here"):
+    with pytest.raises(NotLimitedError, match=f"pod {UID} has no whole limiter here"):
         here.update(UID, SLOW)
     assert set(here.bpffs.rglob("*")) == before
 
@@ -332,7 +331,7 @@ def test_a_pod_without_a_whole_limiter_has_no_limit_to_update(here: Agent, pins:
 def test_where_nothing_is_mounted_nothing_is_updated_nor_mounted(nowhere: Agent, tmp_path: Path) -> None:
     make(nowhere.bpffs / UID)
     for agent in (nowhere, Agent(tmp_path / "absent")):
-        with pytest.raises(NotLimitedError, match="no limiter here"):
+        with pytest.raises(NotLimitedError, match="no whole limiter here"):
             agent.update(UID, SLOW)
     assert not nowhere.is_mounted()
 
@@ -595,9 +594,11 @@ def test_sweeping_goes_on_past_one_that_cannot_be_swept_and_says_so(
     assert f"cannot sweep {here.bpffs / OTHER_UID}: " in caplog.text
 
 
-@pytest.mark.parametrize("error", [KernelError("cannot detach: played"), BrokenLimiterError("played")])
+@pytest.mark.parametrize(
+    "error", [KernelError("cannot detach: played"), BrokenLimiterError("played"), IsADirectoryError("played")]
+)
 def test_sweeping_goes_on_past_one_that_the_kernel_keeps(
-    here: Agent, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: BpfrlError
+    here: Agent, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     removed: list[str] = []
 
@@ -613,6 +614,16 @@ def test_sweeping_goes_on_past_one_that_the_kernel_keeps(
     monkeypatch.setattr(limiter, "remove", remove)
     assert here.sweep() == removed == [UID]
     assert f"cannot sweep {here.bpffs / OTHER_UID}: {error}" in caplog.text
+
+
+def test_sweeping_without_privileges_says_so(here: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(_: str) -> Status:
+        raise PermissionDeniedError("needs root: played")
+
+    make(here.bpffs / UID)
+    monkeypatch.setattr(here, "_look", look)
+    with pytest.raises(PermissionDeniedError, match="played"):
+        here.sweep()
 
 
 def test_sweeping_where_nothing_is_mounted_finds_nothing(nowhere: Agent) -> None:

@@ -26,8 +26,8 @@ def opened() -> Iterator[int]:
 
 def test_the_template_is_what_a_limiter_may_be(opened: int) -> None:
     programs, maps, pinned = libbpf._contents(opened)
-    assert programs == limiter._SHAPE.programs
-    assert maps == limiter._SHAPE.maps
+    assert sorted(programs) == sorted(limiter._SHAPE.programs.items())
+    assert sorted(maps) == sorted(limiter._SHAPE.maps.items())
     assert pinned == set()
     libbpf._compare(opened, limiter._SHAPE)
 
@@ -52,7 +52,7 @@ OTHER_SHAPES: dict[str, tuple[dict[str, tuple[int, int]], dict[str, MapShape], s
     "one map less": (PROGRAMS, {name: MAPS[name] for name in MAPS if name != "counters"}, "counters"),
     **{
         f"another {field}": (PROGRAMS, {**MAPS, "counters": COUNTERS._replace(**{field: value})}, "counters")
-        for field, value in {"kind": MapType.ARRAY, "key_size": 8, "value_size": 24, "entries": 1}.items()
+        for field, value in {"kind": MapType.ARRAY, "key_size": 8, "value_size": 24, "entries": 1, "flags": 1}.items()
     },
     "nothing": ({}, {}, ".bss, .data.limits, .rodata.identity"),
 }
@@ -65,3 +65,16 @@ def test_an_object_that_differs_in_anything_is_refused_and_the_difference_named(
     with pytest.raises(InvalidObjectError) as caught:
         libbpf._compare(opened, Shape(programs, maps))
     assert str(caught.value) == f"not the programs and maps of a limiter: {named}"
+
+
+def test_two_things_with_one_name_are_not_one(opened: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs, maps, pinned = libbpf._contents(opened)
+    for found in ((programs, [*maps, maps[0]], pinned), ([*programs, programs[0]], maps, pinned)):
+        monkeypatch.setattr(libbpf, "_contents", lambda _, found=found: found)
+        with pytest.raises(InvalidObjectError, match="not the programs and maps of a limiter: "):
+            libbpf._compare(opened, limiter._SHAPE)
+
+
+def test_what_libbpf_cannot_open_is_no_object() -> None:
+    with pytest.raises(InvalidObjectError, match="libbpf cannot open the object"):
+        libbpf.LoadedObject(b"\x7fELF")
