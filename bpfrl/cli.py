@@ -542,7 +542,7 @@ def serve_node(context: click.Context, listen: str, certs: Path | None, insecure
 @click.option(
     "--resync",
     type=click.FloatRange(1),
-    default=300.0,
+    default=300,
     show_default=True,
     metavar="SECONDS",
     help="How often each node is asked what it has, and that repaired.",
