@@ -5,7 +5,8 @@
     namespace TAG-node-1      10.78.0.11 ── veth ──┘  ...
 
 A node's pods are cgroups laid out as the kubelet's systemd driver does; :meth:`Node.start_pod` plays the kubelet.
-TLS is real, by ``bpfrl certs init``. Everything carries this process's id in its name and is gone when the context ends.
+TLS is real, by ``bpfrl certs init``. Everything carries this process's id in its name and is gone when the context
+ends.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ _STOP_SECONDS: Final = 30.0
 _START_SECONDS: Final = 30.0
 _POLL_SECONDS: Final = 0.02
 _QOS: Final = {"Guaranteed": "", "Burstable": "-burstable", "BestEffort": "-besteffort"}
+_JOIN: Final = 'echo 0 >"$1/cgroup.procs" && shift && exec "$@"'
+# What a kernel with its own iterators (CONFIG_BPF_PRELOAD) puts into each bpffs.
+_OF_THE_KERNEL: Final = frozenset({"maps.debug", "progs.debug"})
 
 
 @dataclass
@@ -44,11 +48,13 @@ class Daemon:
     environment: dict[str, str]
     log: Path
     process: subprocess.Popen[bytes] | None = None
+    _before: int = field(default=0, init=False)
 
     def start(self) -> None:
         """Start it, if it does not run."""
         if self.process is None:
             with self.log.open("ab") as log:
+                self._before = log.tell()
                 self.process = subprocess.Popen(
                     self.command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
                 )
@@ -70,6 +76,18 @@ class Daemon:
         """Everything that it has logged."""
         return self.log.read_text() if self.log.exists() else ""
 
+    def news(self) -> str:
+        """What it has logged since it was started last."""
+        return self.log.read_bytes()[self._before :].decode() if self.log.exists() else ""
+
+    def wait(self, seconds: float = _STOP_SECONDS) -> int:
+        """Wait until it ends by itself, and return its exit status."""
+        if self.process is None:
+            raise RuntimeError("it does not run")
+        status = self.process.wait(seconds)
+        self.process = None
+        return status
+
     def memory(self) -> int:
         """Its resident memory, byte."""
         if self.process is None:
@@ -90,7 +108,7 @@ class Daemon:
             raise
 
 
-@dataclass
+@dataclass(eq=False)
 class Node:
     """One node: its daemon, its pods' cgroups and its bpffs."""
 
@@ -115,32 +133,51 @@ class Node:
         """Remove a pod's cgroup."""
         _remove_cgroups(self.pods.pop(uid))
 
+    def in_pod(self, uid: str, *command: str) -> list[str]:
+        """The command line that runs a command as a process of a pod, in the network namespace that is here."""
+        return ["sh", "-c", _JOIN, "sh", str(self.pods[uid] / "container"), *command]
+
     def serves(self) -> bool:
-        """True when its daemon has said that it serves."""
-        return "serving on" in self.daemon.output()
+        """True when its daemon has said, since it was started last, that it serves."""
+        return "serving on" in self.daemon.news()
+
+    def connect(self) -> None:
+        """Plug its network cable in."""
+        _run("ip", "-n", self.namespace, "link", "set", "eth0", "up")
+
+    def disconnect(self) -> None:
+        """Pull its network cable: nothing is refused, and nothing answers."""
+        _run("ip", "-n", self.namespace, "link", "set", "eth0", "down")
 
     def limits(self) -> dict[str, tuple[int, int]]:
         """What is in force here by UID, as (egress, ingress) in bit/s with 0 for none, as bpfrl list tells it.
 
         A broken folder has (-1, -1).
         """
-        items = json.loads(self.bpfrl("list", "-o", "json"))["items"]
-        return {item["uid"]: (-1, -1) if "error" in item else _rates(item) for item in items}
+        return {uid: (-1, -1) if "error" in item else _rates(item) for uid, item in self.items().items()}
+
+    def items(self) -> dict[str, dict[str, Any]]:
+        """What bpfrl list tells programs, by UID."""
+        return {item["uid"]: item for item in json.loads(self.bpfrl("list", "-o", "json"))["items"]}
 
     def attached(self) -> dict[str, list[str]]:
         """Kinds of the programs on each pod's cgroup, as bpftool sees them; pods without any are left out."""
+        return {uid: [kind for kind, _ in programs] for uid, programs in self.programs().items()}
+
+    def programs(self) -> dict[str, list[tuple[str, int]]]:
+        """The same with the programs' ids."""
         found = {}
         for uid, path in self.pods.items():
             output = subprocess.run(
                 ["bpftool", "-j", "cgroup", "show", str(path)], capture_output=True, text=True, check=True
             ).stdout
-            if programs := json.loads(output or "[]"):
-                found[uid] = sorted(program["attach_type"] for program in programs)
+            if programs := json.loads(output.strip() or "[]"):
+                found[uid] = sorted((program["attach_type"], program["id"]) for program in programs)
         return found
 
     def pinned(self) -> list[str]:
         """The names in the bpffs."""
-        return sorted(os.listdir(self.bpffs))
+        return sorted({*os.listdir(self.bpffs)} - _OF_THE_KERNEL)
 
     def bpfrl(self, *arguments: str) -> str:
         """Run the command by hand on this node, and return what it says."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -448,11 +449,14 @@ def _console(*, cut: bool = False) -> Console:
     return Console(width=None if cut and sys.stdout.isatty() else _UNCUT_WIDTH, highlight=False)
 
 
+_PORT: Final = re.compile(r"[0-9]{1,5}", re.ASCII)
+
+
 def _parse_endpoint(text: str) -> str:
     """HOST:PORT, with an IPv6 address in brackets; without a host, every address."""
     host, separator, port = text.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
-    if not (separator and port.isdecimal() and int(port) < 2**16) or (":" in host and not bracketed):
+    if not (separator and _PORT.fullmatch(port) and int(port) < 2**16) or (":" in host and not bracketed):
         raise InvalidValueError(f"'{text}' is no address to listen on: write it as HOST:PORT, [::1]:PORT or :PORT")
     return f"{host or '[::]'}:{port}"
 

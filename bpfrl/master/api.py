@@ -42,14 +42,16 @@ async def connect(kubeconfig: Path | None, context: str | None) -> ApiClient:
     try:
         if kubeconfig or context or "KUBECONFIG" in os.environ or "KUBERNETES_SERVICE_HOST" not in os.environ:
             file = str(kubeconfig) if kubeconfig else None
-            await config.load_kube_config(file, context, configuration, persist_config=False)  # type: ignore[no-untyped-call]
+            loader = await config.load_kube_config(file, context, configuration, persist_config=False)  # type: ignore[no-untyped-call]
+            _keep_fresh(configuration, loader)
         else:
             config.load_incluster_config(configuration)  # type: ignore[no-untyped-call]
-    except (config.ConfigException, OSError, ValueError) as error:
+        return ApiClient(configuration)
+    except Exception as error:  # what the client makes of a malformed kubeconfig may be anything
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ClusterError(
-            f"no cluster to watch: {error} (--kubeconfig names one, --manifests does without)"
+            f"no cluster to watch: {reason} (--kubeconfig names one, --manifests does without)"
         ) from error
-    return ApiClient(configuration)
 
 
 class Api:
@@ -88,6 +90,8 @@ class Api:
                 if response.status >= _ERROR_STATUS:
                     raise await _refusal(response)
                 yield response
+        except config.ConfigException as error:
+            raise ApiError(f"no credentials for the API server: {error}") from error
         except TimeoutError as error:
             raise ApiError("the API server does not answer") from error
         except (aiohttp.ClientError, OSError) as error:
@@ -106,3 +110,17 @@ async def _refusal(response: aiohttp.ClientResponse) -> ApiError:
         response.status,
         float(wait) if wait.isdecimal() else 0.0,
     )
+
+
+def _keep_fresh(configuration: Configuration, loader: Any) -> None:
+    """Let a command's credentials be asked for again when they have expired: the client does so only for a pod's."""
+    if "exec" not in loader._user:  # noqa: SLF001 - as the client's own refresh_token()
+        return
+
+    async def refresh(configuration: Configuration) -> None:
+        # Without a time of its own, a credential is good until it is not.
+        if hasattr(loader, "exec_plugin_expiry"):
+            await loader.load_from_exec_plugin()
+            configuration.api_key["BearerToken"] = loader.token
+
+    configuration.refresh_api_key_hook = refresh  # type: ignore[assignment]

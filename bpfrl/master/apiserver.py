@@ -42,6 +42,8 @@ _CONNECT_SECONDS: Final = 10.0
 _LIST_SECONDS: Final = 120.0
 _FIRST_PAUSE_SECONDS: Final = 0.2
 _LONGEST_PAUSE_SECONDS: Final = 30.0
+# The API server asks for a second; what is in between may ask for anything.
+_LONGEST_REQUESTED_SECONDS: Final = 120.0
 # A watch that ends sooner than this, with nothing said, is no way to go on without a pause.
 _SHORT_SECONDS: Final = 1.0
 _GONE: Final = 410
@@ -117,7 +119,7 @@ class PodWatch:
                 # The first time at once; a server that expires everything is not to be asked without end.
                 pause = self._backoff.delay()
                 return pause if self._backoff.failures > 1 else 0.0
-            pause = max(error.retry_after, self._backoff.delay())
+            pause = max(min(error.retry_after, _LONGEST_REQUESTED_SECONDS), self._backoff.delay())
             log.warning("%s; again in %.1f s", error, pause)
             return pause
         if not said_something and asyncio.get_running_loop().time() - started < _SHORT_SECONDS:
@@ -173,7 +175,7 @@ class PodWatch:
 def _decode(decoder: msgspec.json.Decoder[Decoded], text: bytes | msgspec.Raw) -> Decoded:
     try:
         return decoder.decode(text)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ApiError(f"the API server's answer cannot be read: {error}") from error
 
 

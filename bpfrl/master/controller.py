@@ -41,7 +41,7 @@ class Controller:
         self._resync = resync
         self._pods: dict[str, Pod] = {}
         self._wanted: dict[str, Want] = {}  # by the API's UID, wherever the pod is
-        self._owners: dict[str, str] = {}  # the API's UID by the cgroup's, of those that are wanted
+        self._claims: dict[str, dict[str, None]] = {}  # the API's UIDs by the cgroup's, of those that are wanted
         self._addresses: dict[str, str] = {}  # of nodes, by name
         self._placed: dict[str, str] = {}  # the node's address, by the API's UID
         self._members: Counter[str] = Counter()  # pods by address
@@ -51,6 +51,7 @@ class Controller:
         self._workers: dict[str, NodeWorker] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
         self._leading = asyncio.Lock()
+        self._acting = False
         self._draining = False
 
     # What a source tells.
@@ -98,6 +99,7 @@ class Controller:
             log.info("acting: %d pods, %d of them limited", len(self._pods), len(self._wanted))
             for pod in self._pods.values():
                 self._complain(pod)
+            self._acting = True
             try:
                 while not self._draining:
                     for address in self._workers:
@@ -105,6 +107,7 @@ class Controller:
                     await asyncio.sleep(_PRUNE_SECONDS)
                     await self._prune()
             finally:
+                self._acting = False
                 await self._stop()
 
     async def drain(self) -> None:
@@ -133,20 +136,26 @@ class Controller:
             return
         if before and before.pod.ref.uid != pod.ref.uid:
             self._let_go(pod.uid, address, lives=False)
-        want = Want(pod, limits)
-        self._wanted[pod.uid] = want
-        self._owners[pod.ref.uid] = pod.uid
+        self._wanted[pod.uid] = Want(pod, limits)
+        self._claims.setdefault(pod.ref.uid, {}).setdefault(pod.uid)
         if address:
-            self._worker(address).want(pod.ref.uid, want)
+            self._worker(address).want(pod.ref.uid, self._heir(pod.ref.uid, address))
 
     def _let_go(self, uid: str, address: str, *, lives: bool) -> None:
         want = self._wanted.pop(uid, None)
-        # Two pods of one cgroup there are only where somebody claims to be a static pod.
-        if want is None or self._owners.get(want.pod.ref.uid) != uid:
+        if want is None:
             return
-        del self._owners[want.pod.ref.uid]
+        cgroup = want.pod.ref.uid
+        del self._claims[cgroup][uid]
+        if not self._claims[cgroup]:
+            del self._claims[cgroup]
         if address:
-            self._worker(address).want(want.pod.ref.uid, None, lives=lives)
+            self._worker(address).want(cgroup, self._heir(cgroup, address), lives=lives)
+
+    def _heir(self, cgroup: str, address: str) -> Want | None:
+        """Who counts for a cgroup of a node: the first, if several claim to be the same static pod."""
+        claims = self._claims.get(cgroup, ())
+        return next((self._wanted[uid] for uid in claims if self._placed.get(uid) == address), None)
 
     def _complain(self, pod: Pod) -> None:
         if pod.problem and self._leading.locked():
@@ -184,16 +193,15 @@ class Controller:
         if worker is None:
             worker = NodeWorker(self._connect(address), self._recorder, self._resync, self._is_orphan)
             self._workers[address] = worker
-            if self._leading.locked() and self._synced.is_set():
+            if self._acting:
                 self._run(address)
         return worker
 
     def _is_orphan(self, uid: str) -> bool:
         """Whether a limiter for this UID may be taken off a node where it is not wanted."""
-        owner = self._owners.get(uid)
-        if owner is not None:
+        if claims := self._claims.get(uid):
             # Wanted elsewhere, unless it is not known yet where that is.
-            return bool(self._placed.get(owner))
+            return all(self._placed.get(owner) for owner in claims)
         return self._complete or any(pod.ref.uid == uid for pod in self._pods.values())
 
     def _run(self, address: str) -> None:
@@ -203,7 +211,8 @@ class Controller:
             task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self._running.pop(task.get_name(), None)
+        if self._running.get(task.get_name()) is task:
+            del self._running[task.get_name()]
         if not task.cancelled() and (error := task.exception()):
             log.critical("a mistake in bpfrl: node %s: %r", task.get_name(), error, exc_info=error)
 
@@ -212,8 +221,9 @@ class Controller:
             if not self._members[address] and worker.idle:
                 del self._workers[address]
                 del self._members[address]
-                if task := self._running.get(address):
+                if task := self._running.pop(address, None):
                     task.cancel()
+                    await asyncio.gather(task, return_exceptions=True)
                 await worker.close()
 
     async def _stop(self) -> None:

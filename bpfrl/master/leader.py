@@ -76,8 +76,9 @@ class Leadership:
         self._duration = duration
         self._lock = _Lock(namespace, identity, client, self._retry * 2)
         self._acting: asyncio.Task[None] | None = None
-        # Its tracebacks of a conflict over the Lease, which is how elections go.
-        logging.getLogger(LeaseLock.__module__).setLevel(logging.CRITICAL)
+        # There a conflict over the Lease, which is how elections go, has a traceback, and what _ask tells comes again.
+        for module in (LeaseLock.__module__, leaderelection.__name__):
+            logging.getLogger(module).setLevel(logging.CRITICAL)
 
     async def run(self, act: Callable[[], Awaitable[None]]) -> None:
         """Act while leading, until cancelled. What ``act`` raises is raised here."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,6 +32,7 @@ _DEFAULT_NAMESPACE: Final = "default"
 _SETTLE_MS: Final = 50
 _LOOK_AGAIN_MS: Final = 30_000
 _GONE_SECONDS: Final = 1.0
+_KIND: Final = re.compile(r"[A-Za-z]{1,63}")
 
 
 class ManifestWatch:
@@ -48,6 +50,8 @@ class ManifestWatch:
         self._sink = sink
         self._good: dict[Path, list[Pod]] = {}
         self._problems: dict[Path, str] = {}
+        self._gone = False
+        self._twice: set[tuple[Path, str, Path]] = set()
 
     async def run(self) -> None:
         """Read the folder now and after each change, until cancelled."""
@@ -64,7 +68,7 @@ class ManifestWatch:
                 ):
                     self.look()
             except OSError as error:
-                log.warning("%s: %s; the pods in it stay as they are", self._folder, error)
+                log.debug("cannot watch %s: %s", self._folder, error)
             await asyncio.sleep(_GONE_SECONDS)
 
     def look(self) -> None:
@@ -74,8 +78,11 @@ class ManifestWatch:
                 path for path in self._folder.iterdir() if path.suffix in _SUFFIXES and not path.name.startswith(".")
             )
         except OSError as error:
-            log.warning("%s: %s; the pods in it stay as they are", self._folder, error.strerror)
+            if not self._gone:
+                log.warning("%s: %s; the pods in it stay as they are", self._folder, error.strerror)
+            self._gone = True
             return
+        self._gone = False
         problems: dict[Path, str] = {}
         good: dict[Path, list[Pod]] = {}
         for path in files:
@@ -93,11 +100,15 @@ class ManifestWatch:
 
     def _pods(self) -> list[Pod]:
         found: dict[str, tuple[Path, Pod]] = {}
+        twice: set[tuple[Path, str, Path]] = set()
         for path, pods in self._good.items():
             for pod in pods:
                 first, _ = found.setdefault(pod.uid, (path, pod))
                 if first != path:
-                    log.warning("%s: pod %s is in %s already, which counts", path, pod.uid, first)
+                    twice.add((path, pod.uid, first))
+        for each in sorted(twice - self._twice):
+            log.warning("%s: pod %s is in %s already, which counts", *each)
+        self._twice = twice
         return [pod for _, pod in found.values()]
 
 
@@ -108,21 +119,27 @@ def _read_file(path: Path) -> list[Pod]:
         InvalidValueError: it cannot be read, or holds something else.
     """
     try:
+        if path.is_fifo():
+            raise InvalidValueError("a pipe is no manifest")
         with path.open("rb") as file:
             text = file.read(_LARGEST_BYTES + 1)
-        if len(text) > _LARGEST_BYTES:
-            raise InvalidValueError(f"more than {_LARGEST_BYTES} byte is no manifest")
-        return [_pod(document) for document in yaml.safe_load_all(text) if document is not None]
     except OSError as error:
         raise InvalidValueError(f"cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    if len(text) > _LARGEST_BYTES:
+        raise InvalidValueError(f"more than {_LARGEST_BYTES} byte is no manifest")
+    try:
+        documents = [document for document in yaml.safe_load_all(text) if document is not None]
+    # PyYAML raises whatever Python's own types do where a text is no number, day or truth value.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise InvalidValueError(f"no YAML: {' '.join(str(error).split())}") from error
+    return [_pod(document) for document in documents]
 
 
 def _pod(document: Any) -> Pod:
     kind = document.get("kind") if isinstance(document, dict) else None
     if kind != "Pod":
-        raise InvalidValueError(f"holds {kind or 'something'} where a Pod is expected")
+        named = kind if isinstance(kind, str) and _KIND.fullmatch(kind) else "something"
+        raise InvalidValueError(f"holds {named} where a Pod is expected")
     try:
         raw = msgspec.convert(document, RawPod)
     except msgspec.ValidationError as error:

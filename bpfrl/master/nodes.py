@@ -135,6 +135,7 @@ class NodeWorker:
     def want(self, uid: str, want: Want | None, *, lives: bool = True) -> None:
         """This is what a pod should have from now on; None: no limiter, although, or because, it does not live."""
         before = self.wants.pop(uid, None)
+        self._leaving.pop(uid, None)
         if want:
             self.wants[uid] = want
         elif before and lives:
@@ -203,6 +204,7 @@ class NodeWorker:
 
     async def _ask(self) -> bool:
         """Learn what the node has; False, after a pause, if it does not say."""
+        busy = tuple(self._tasks)
         try:
             listed = await self._client.list()
         except (UnreachableError, RefusedError) as error:
@@ -218,6 +220,8 @@ class NodeWorker:
         self._backoff.reset()
         refs = [PodRef(each.uid) if isinstance(each, Broken) else each.pod for each in listed]
         self._found = {ref.uid: Has.of(each) for ref, each in zip(refs, listed, strict=True) if ref.is_pod}
+        # The node may have answered before, or after, what was on the way meanwhile.
+        self._found |= dict.fromkeys(busy, Has())
         self._changed |= self._found.keys() | self.wants.keys()
         spread = random.uniform(1 - _JITTER, 1 + _JITTER)  # noqa: S311 - no secret
         self._resync_at = asyncio.get_running_loop().time() + self._resync * spread
@@ -266,7 +270,7 @@ class NodeWorker:
                 if pod := self._leaving.pop(uid, None):
                     self._recorder.tell(pod, Reason.UNLIMITED, "the pod asks for no limit any more")
             else:
-                change = await self._give(uid, verb, want.pod, want.limits)
+                change = await self._give(uid, verb, want, want.limits)
                 self._set(uid, Has(want.pod.ref, want.limits, self._build))
                 if change is not Change.UNCHANGED:
                     self._recorder.tell(want.pod, Reason.LIMITED, str(want.limits))
@@ -278,9 +282,9 @@ class NodeWorker:
         except RefusedError as error:
             self._refused(uid, want, error)
 
-    async def _give(self, uid: str, verb: Verb, pod: Pod, limits: Limits) -> Change:
+    async def _give(self, uid: str, verb: Verb, want: Want, limits: Limits) -> Change:
         """Attach or update, and wait for the pod's cgroup if it is not there yet."""
-        image = b""
+        image, pod = b"", want.pod
         try:
             async with self._slot():
                 if verb is Verb.UPDATE:
@@ -290,6 +294,8 @@ class NodeWorker:
         except RefusedError as error:
             if error.code != _NOT_FOUND:
                 raise
+        if self._stopping or self.wants.get(uid) != want:
+            raise asyncio.CancelledError  # what is wanted now decides what to do
         self._patient.add(uid)
         image = image or generator.generate(pod.ref, limits)
         try:

@@ -31,6 +31,7 @@ from bpfrl.errors import (
     NotLimitedError,
     OversizedError,
     RoleError,
+    TransferError,
     TransferTimeoutError,
 )
 from bpfrl.limits import Change, Limits, PodRef
@@ -134,7 +135,9 @@ class NodeService(NodeServicer):
                 first = await anext(requests, None)
         except TimeoutError:
             raise TransferTimeoutError(f"no header came within {_TRANSFER_SECONDS:.0f} s") from None
-        if first is None or first.WhichOneof("step") != "header":
+        if first is None:
+            raise DamagedTransferError("the call was cut off before its header came")
+        if first.WhichOneof("step") != "header":
             raise InvalidValueError("the first message must be the header")
         header = first.header
         if header.size > _LARGEST_PROGRAM_BYTES:
@@ -174,7 +177,10 @@ class NodeService(NodeServicer):
             finally:
                 put(None)
 
-        return loop.run_in_executor(self._worker, attach)
+        attached = loop.run_in_executor(self._worker, attach)
+        # Where the caller has gone meanwhile, nobody asks how it went.
+        attached.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return attached
 
     async def _do(self, function: Callable[..., Result], *arguments: object) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._worker, function, *arguments)
@@ -188,8 +194,9 @@ class NodeService(NodeServicer):
                 raise RoleError(f"the certificate is for {roles}: it must have the DNS name {tls.MASTER}")
             yield
         except BpfrlError as error:
-            waiting = isinstance(error, CgroupNotFoundError | NotLimitedError)
-            level = logging.INFO if waiting else logging.WARNING
+            # A pod that comes or goes, and a master that goes: neither is anybody's mistake.
+            usual = isinstance(error, CgroupNotFoundError | NotLimitedError | TransferError)
+            level = logging.INFO if usual else logging.WARNING
             log.log(level, "refused %s from %s: %s", what, context.peer(), error)
             await context.abort(statuses.code_of(error), str(error))
 

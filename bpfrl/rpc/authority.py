@@ -49,7 +49,8 @@ def init(folder: Path, days: int, *, renew: bool = False) -> list[tuple[Path, bo
 
     Args:
         folder: where; made if it is not there.
-        days: how long the two certificates are good for; the authority is for ten years.
+        days: how long the two certificates are good for; the authority is for ten years at
+            least, and no certificate outlives it.
         renew: make the two certificates anew in any case.
 
     Returns:
@@ -61,15 +62,18 @@ def init(folder: Path, days: int, *, renew: bool = False) -> list[tuple[Path, bo
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     made = not (folder / tls.AUTHORITY_FILE).exists()
     if made:
-        _make_authority(folder)
+        _make_authority(folder, timedelta(days=max(days, _AUTHORITY_DAYS)))
     authority, key = _load_authority(folder)
+    left = authority.not_valid_after_utc - datetime.now(UTC)
+    if left <= timedelta(0):
+        raise CertificateError(f"{folder / tls.AUTHORITY_FILE} has expired: make a new authority in another folder")
     results = [(folder / tls.AUTHORITY_FILE, made)]
     for name, (role, usage) in _ROLES.items():
         own = folder / name
         own.mkdir(mode=0o700, exist_ok=True)
         wanted = renew or not _is_good(own, authority)
         if wanted:
-            _make_certificate(own, authority, key, role, usage, timedelta(days=days))
+            _make_certificate(own, authority, key, role, usage, min(timedelta(days=days), left))
         results.append((own / tls.CERTIFICATE_FILE, wanted))
     return results
 
@@ -96,11 +100,11 @@ def secrets(folder: Path, namespace: str) -> str:
     return yaml.safe_dump_all(documents, sort_keys=False)
 
 
-def _make_authority(folder: Path) -> None:
+def _make_authority(folder: Path, validity: timedelta) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "bpfrl")])
     certificate = (
-        _builder(name, name, key, timedelta(days=_AUTHORITY_DAYS))
+        _builder(name, name, key, validity)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(signs_certificates=True), critical=True)
         .sign(key, hashes.SHA256())

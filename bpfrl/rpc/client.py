@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Final, cast
 
 import grpc
@@ -51,9 +51,7 @@ class NodeClient:
         self.target = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
         self._refusal = "" if certificates or tls.is_loopback(address) else "no TLS (--insecure) beyond loopback"
         self._certificates = certificates
-        self._bundle: tls.Bundle | None = None
-        self._channel: grpc.aio.Channel | None = None
-        self._closing: asyncio.Task[None] | None = None
+        self._connection: _Connection | None = None
 
     async def attach(self, pod: PodRef, limits: Limits, image: bytes, build: bytes, wait: float = 0) -> Change:
         """Give a pod a limiter.
@@ -74,8 +72,8 @@ class NodeClient:
             wait_ms=round(wait * 1000),
         )
         change = None
-        with self._errors():
-            stream = self._stub().Attach(timeout=_CALL_SECONDS + wait)
+        async with self._calling() as node:
+            stream = node.Attach(timeout=_CALL_SECONDS + wait)
             try:
                 await _write(stream, node_pb2.AttachRequest(header=header))
                 async for reply in _replies(stream):
@@ -94,39 +92,49 @@ class NodeClient:
     async def update(self, uid: str, limits: Limits) -> Change:
         """Change the limits of a pod that has a limiter."""
         request = node_pb2.UpdateRequest(uid=uid, limits=messages.from_limits(limits))
-        with self._errors():
-            done = await self._stub().Update(request, timeout=_CALL_SECONDS)
+        async with self._calling() as node:
+            done = await node.Update(request, timeout=_CALL_SECONDS)
             return messages.to_change(done.change)
 
     async def detach(self, uid: str) -> Change:
         """Take a pod's limiter off."""
-        with self._errors():
-            done = await self._stub().Detach(node_pb2.DetachRequest(uid=uid), timeout=_CALL_SECONDS)
+        async with self._calling() as node:
+            done = await node.Detach(node_pb2.DetachRequest(uid=uid), timeout=_CALL_SECONDS)
             return messages.to_change(done.change)
 
     async def list(self) -> list[Status | Broken]:
         """Every limiter of the node, and every folder that should be one."""
-        with self._errors():
-            reply = await self._stub().List(node_pb2.ListRequest(), timeout=_CALL_SECONDS)
+        async with self._calling() as node:
+            reply = await node.List(node_pb2.ListRequest(), timeout=_CALL_SECONDS)
             return [messages.to_limiter(limiter) for limiter in reply.limiters]
 
     async def close(self) -> None:
-        """Close the connection."""
-        channel, self._channel = self._channel, None
-        if channel:
-            await channel.close()
+        """Close the connection, when its last call has ended."""
+        connection, self._connection = self._connection, None
+        if connection:
+            connection.retired = True
+            await connection.close_if_done()
 
-    def _stub(self) -> NodeAsyncStub:
+    @asynccontextmanager
+    async def _calling(self) -> AsyncIterator[NodeAsyncStub]:
         """The service, over a connection that is made with the certificates as they are now."""
         if self._refusal:
             raise UnreachableError(f"node {self.target}: {self._refusal}")
         bundle = self._certificates.current() if self._certificates else None
-        if self._channel is None or bundle != self._bundle:
-            if self._channel:
-                # Calls on the way may end on the connection that they have.
-                self._closing = asyncio.create_task(self._channel.close(_CALL_SECONDS))
-            self._channel, self._bundle = self._connect(bundle), bundle
-        return NodeStub(self._channel)
+        if self._connection is None or bundle != self._connection.bundle:
+            await self.close()
+            self._connection = _Connection(self._connect(bundle), bundle)
+        connection = self._connection
+        connection.calls += 1
+        try:
+            yield NodeStub(connection.channel)
+        except grpc.aio.AioRpcError as error:
+            raise statuses.error_of(self.target, error) from error
+        except InvalidValueError as error:
+            raise RefusedError(f"its answer cannot be understood: {error}", grpc.StatusCode.INTERNAL.name) from error
+        finally:
+            connection.calls -= 1
+            await connection.close_if_done()
 
     def _connect(self, bundle: tls.Bundle | None) -> grpc.aio.Channel:
         if bundle is None:
@@ -134,14 +142,19 @@ class NodeClient:
         options = (*_OPTIONS, *tls.CHANNEL_OPTIONS)
         return grpc.aio.secure_channel(self.target, tls.channel_credentials(bundle), options=options)
 
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except grpc.aio.AioRpcError as error:
-            raise statuses.error_of(self.target, error) from error
-        except InvalidValueError as error:
-            raise RefusedError(f"its answer cannot be understood: {error}", grpc.StatusCode.INTERNAL.name) from error
+
+class _Connection:
+    """A channel, which ends with its last call when another has taken its place: closing it would cut calls off."""
+
+    def __init__(self, channel: grpc.aio.Channel, bundle: tls.Bundle | None) -> None:
+        self.channel = channel
+        self.bundle = bundle
+        self.calls = 0
+        self.retired = False
+
+    async def close_if_done(self) -> None:
+        if self.retired and not self.calls:
+            await self.channel.close()
 
 
 _Stream = grpc.aio.StreamStreamCall[node_pb2.AttachRequest, node_pb2.AttachReply]
@@ -154,7 +167,7 @@ async def _write(stream: _Stream, request: node_pb2.AttachRequest) -> None:
 
 
 async def _end(stream: _Stream) -> None:
-    with suppress(asyncio.InvalidStateError):
+    with suppress(asyncio.InvalidStateError, grpc.aio.InternalError):
         await stream.done_writing()
 
 

@@ -22,6 +22,8 @@ _RECORD: Final = re.compile(r"(?P<level>[IWEF])\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ (?
 _HANDSHAKE: Final = re.compile(r"CallNextHandshakerLocked: error=(?!OK)(?P<reason>.*)")
 _PEER: Final = re.compile(r"grpc\.internal\.endpoint_peer_address=(?P<peer>[^,}]+)")
 _TRACES: Final = frozenset({"handshaker.cc", "channel_trace.h", "ssl_transport_security.cc"})
+# What fails there is an error that whoever called it tells.
+_TOLD: Final = frozenset({"add_port.cc"})
 _CONTINUATION: Final = re.compile(r"=== |src/| shutdown=|\{|$")
 _LEVELS: Final = {"W": logging.WARNING, "E": logging.ERROR, "F": logging.CRITICAL}
 # BoringSSL's words for what happens most.
@@ -58,7 +60,7 @@ def entries(lines: Iterable[str]) -> Iterator[Entry | str]:
         if record:
             failed = _HANDSHAKE.match(record["text"])
             reason, trace = failed["reason"] if failed else "", record["place"] in _TRACES
-            if record["level"] in _LEVELS:
+            if record["level"] in _LEVELS and record["place"] not in _TOLD:
                 yield Entry(_LEVELS[record["level"]], f"gRPC: {record['text']}")
         elif not (trace and _CONTINUATION.match(line)):
             yield line

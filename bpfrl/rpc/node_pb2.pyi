@@ -15,10 +15,10 @@ A refusal is a gRPC status whose message is one plain line:
   FAILED_PRECONDITION  the kernel's verifier refuses the program (with its last lines), or something else has put a
                        folder where the limiter goes
   PERMISSION_DENIED    the caller's certificate does not have the master's role
-  UNAUTHENTICATED      the caller has no certificate
   INTERNAL             the kernel refused for another reason
 
-After each of them the kernel is as it was before the call.
+Who has no certificate, or none of this authority, does not get as far as that: the handshake ends. After each refusal
+the kernel is as it was before the call.
 """
 
 from collections import abc as _abc

@@ -48,6 +48,9 @@ _UNANSWERED: Final = frozenset(
     }
 )
 
+# What gRPC makes of a call that ends while the caller writes, whatever the node may have said.
+_CUT_OFF: Final = "Internal error from Core"
+
 
 def code_of(error: BpfrlError) -> grpc.StatusCode:
     """The code that an error goes out with."""
@@ -57,6 +60,6 @@ def code_of(error: BpfrlError) -> grpc.StatusCode:
 def error_of(node: str, error: grpc.aio.AioRpcError) -> UnreachableError | RefusedError:
     """The error that a call to a node has ended with."""
     code, text = error.code(), " ".join((error.details() or "no reason given").split())
-    if code in _UNANSWERED:
+    if code in _UNANSWERED or text == _CUT_OFF:
         return UnreachableError(f"node {node}: {text}")
     return RefusedError(text, code.name)

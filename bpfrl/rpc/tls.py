@@ -91,16 +91,18 @@ class Certificates:
             x509.load_pem_x509_certificates(bundle.authority)
             certificate = x509.load_pem_x509_certificates(bundle.certificate)[0]
             key = load_pem_private_key(bundle.key, None)
+            form = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+            belong = certificate.public_key().public_bytes(*form) == key.public_key().public_bytes(*form)
+            roles = names(certificate)
         except OSError as error:
             raise CertificateError(f"{error.filename}: {error.strerror}: {_HOW}") from error
         except (ValueError, TypeError, UnsupportedAlgorithm) as error:
             raise CertificateError(f"{self.folder}: not certificates and a key in PEM ({error}): {_HOW}") from error
-        form = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        if certificate.public_key().public_bytes(*form) != key.public_key().public_bytes(*form):
+        if not belong:
             raise CertificateError(f"{self.folder}: {KEY_FILE} is not the key of {CERTIFICATE_FILE}")
-        if self._role not in names(certificate):
+        if self._role not in roles:
             raise CertificateError(
-                f"{self.folder / CERTIFICATE_FILE} is for {', '.join(names(certificate)) or 'nothing'}:"
+                f"{self.folder / CERTIFICATE_FILE} is for {', '.join(roles) or 'nothing'}:"
                 f" it must have the DNS name {self._role}"
             )
         if certificate.not_valid_after_utc <= datetime.now(UTC):
@@ -109,7 +111,7 @@ class Certificates:
 
 
 def names(certificate: x509.Certificate) -> list[str]:
-    """The DNS names that a certificate is good for."""
+    """The DNS names that a certificate is good for. Raises ValueError where they cannot be read."""
     try:
         found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
     except x509.ExtensionNotFound:
@@ -138,7 +140,7 @@ CHANNEL_OPTIONS: Final = (("grpc.ssl_target_name_override", NODE),)
 
 def peer_roles(auth_context: Mapping[str, Iterable[bytes]]) -> list[str]:
     """The DNS names in the certificate of a call's peer, which the handshake has verified."""
-    return [name.decode(errors="replace") for name in auth_context.get("x509_subject_alternative_name", ())]
+    return [name.decode(errors="replace") for name in auth_context.get("peer_dns", ())]
 
 
 def is_loopback(host: str) -> bool:

@@ -1,0 +1,279 @@
+"""What the master's tests play with: pods, a sink, a node in memory, and an API server on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+from unittest.mock import patch
+
+from aiohttp import web
+from kubernetes.aio.client import ApiClient, Configuration
+
+from bpfrl.bpf.layout import Counters
+from bpfrl.bpf.limiter import Broken, Status
+from bpfrl.errors import RefusedError, UnreachableError
+from bpfrl.limits import Change, Limits, PodRef
+from bpfrl.master.events import Reason, Recorder, Report
+from bpfrl.master.pods import Pod
+from bpfrl.rpc.client import NodeClient
+from bpfrl.units import Rate
+
+Result = TypeVar("Result")
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+UID = "8c4a6c1e-0f6b-4c0e-9d0b-0a5f5a3a7f10"
+HASH = "0123456789abcdef0123456789abcdef"
+SLOW, FAST = Limits(Rate(10**6)), Limits(Rate(10**9), Rate(10**9), 65_536)
+BUILD, OLD_BUILD = b"\x01" * 32, b"\x02" * 32
+
+# No test waits for as long as this unless it fails.
+_PATIENCE_SECONDS = 6.0
+
+
+def uid_of(number: int) -> str:
+    """The UID of the pod with this number."""
+    return f"{number:08x}{UID[8:]}"
+
+
+def make_pod(
+    number: int = 0,
+    limits: Limits | None = None,
+    *,
+    node: str = "node-1",
+    address: str = "192.0.2.1",
+    cgroup_uid: str = "",
+    problem: str = "",
+    ended: bool = False,
+) -> Pod:
+    """The pod with this number."""
+    uid = uid_of(number)
+    return Pod(uid, PodRef(cgroup_uid or uid, "shop", f"cart-{number}"), node, address, limits, problem, ended)
+
+
+def run(work: Coroutine[Any, Any, Result]) -> Result:
+    """Run a test's coroutine, and nothing of it for ever."""
+
+    async def bounded() -> Result:
+        async with asyncio.timeout(_PATIENCE_SECONDS):
+            return await work
+
+    return asyncio.run(bounded())
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for what must come."""
+    try:
+        async with asyncio.timeout(_PATIENCE_SECONDS / 2):
+            while not condition():
+                await asyncio.sleep(0.001)
+    except TimeoutError:
+        raise AssertionError("what must come does not") from None
+
+
+async def a_while() -> None:
+    """Time for what must not come: some hundred times as long as what must."""
+    await asyncio.sleep(0.05)
+
+
+@asynccontextmanager
+async def running(work: Coroutine[Any, Any, None]) -> AsyncIterator[asyncio.Task[None]]:
+    """Something endless at work in the background, which must not have ended by itself."""
+    task = asyncio.create_task(work)
+    try:
+        yield task
+        if task.done():
+            task.result()
+            raise AssertionError("it has ended")
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+class Sink:
+    """Whoever wants to know the pods, with all it was told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[object, ...]] = []
+        self.pods: dict[str, Pod] = {}
+
+    def replace(self, pods: list[Pod], *, complete: bool = True) -> None:
+        self.told.append(("replace", sorted(pod.uid for pod in pods), complete))
+        self.pods = {pod.uid: pod for pod in pods}
+
+    def put(self, pod: Pod) -> None:
+        self.told.append(("put", pod.uid))
+        self.pods[pod.uid] = pod
+
+    def remove(self, uid: str) -> None:
+        self.told.append(("remove", uid))
+        self.pods.pop(uid, None)
+
+
+class Told(Recorder):
+    """A recorder that remembers what it was asked to tell."""
+
+    def __init__(self) -> None:
+        super().__init__(None, "test")
+        self.told: list[Report] = []
+
+    def tell(self, pod: Pod, reason: Reason, message: str) -> None:
+        self.told.append(Report(pod, reason, message))
+
+    def of(self, reason: Reason) -> list[str]:
+        """The messages that were told for one reason."""
+        return [report.message for report in self.told if report.reason is reason]
+
+
+class Node(NodeClient):
+    """A node's daemon in memory, and the connection to it.
+
+    Attributes:
+        has: its limiters, by UID.
+        absent: the UIDs of pods whose cgroup it has not made yet.
+        calls: each call as it came in: the verb, the UID, and the limits; "wait" for a patient attach.
+        meanwhile: what happens on the node before a call is carried out; it may wait and raise.
+        flying: the UIDs of the pods with a call on the way, without patient ones.
+        most: how many of those there have been at most.
+        overlaps: the UIDs for which two calls were on the way at once.
+        waiting: the UIDs that a patient attach waits for.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("192.0.2.1", 1, None)
+        self.has: dict[str, Status | Broken] = {}
+        self.absent: set[str] = set()
+        self.calls: list[tuple[object, ...]] = []
+        self.meanwhile: Callable[[str, str], Awaitable[None]] | None = None
+        self.flying: list[str] = []
+        self.most = 0
+        self.overlaps: list[str] = []
+        self.waiting: set[str] = set()
+        self.closed = False
+
+    def give(self, number: int, limits: Limits = SLOW, *, build: bytes = BUILD, cgroup_id: int = 7) -> str:
+        """Let the node have a limiter already; returns its UID."""
+        ref = make_pod(number).ref
+        self.has[ref.uid] = Status(ref, limits, Counters(), Counters(), cgroup_id, 1.0, build)
+        return ref.uid
+
+    def limits(self) -> dict[str, Limits | str]:
+        """What is in force."""
+        return {uid: each.reason if isinstance(each, Broken) else each.limits for uid, each in self.has.items()}
+
+    def verbs(self, uid: str = "") -> list[str]:
+        """The calls so far, but for lists; those for one pod."""
+        return [str(call[0]) for call in self.calls if call[0] != "list" and (not uid or call[1] == uid)]
+
+    async def attach(self, pod: PodRef, limits: Limits, image: bytes, build: bytes, wait: float = 0) -> Change:
+        assert image == image_of(pod, limits)
+        async with self._call("wait" if wait else "attach", pod.uid, limits):
+            deadline = asyncio.get_running_loop().time() + wait
+            while pod.uid in self.absent:
+                if asyncio.get_running_loop().time() >= deadline:
+                    raise RefusedError(f"no cgroup for {pod}", "NOT_FOUND")
+                await asyncio.sleep(0.001)
+            before = self.has.get(pod.uid)
+            self.has[pod.uid] = Status(pod, limits, Counters(), Counters(), 7, 1.0, build)
+            return Change.UNCHANGED if before == self.has[pod.uid] else Change.ATTACHED
+
+    async def update(self, uid: str, limits: Limits) -> Change:
+        async with self._call("update", uid, limits):
+            before = self.has.get(uid)
+            if not isinstance(before, Status):
+                raise RefusedError(f"{uid} has no limiter", "NOT_FOUND")
+            self.has[uid] = Status(before.pod, limits, Counters(), Counters(), 7, 1.0, before.build)
+            return Change.UPDATED if before.limits != limits else Change.UNCHANGED
+
+    async def detach(self, uid: str) -> Change:
+        async with self._call("detach", uid):
+            return Change.DETACHED if self.has.pop(uid, None) else Change.ABSENT
+
+    async def list(self) -> list[Status | Broken]:
+        self.calls.append(("list",))
+        found = [*self.has.values()]
+        if self.meanwhile:
+            await self.meanwhile("list", "")
+        return found
+
+    async def close(self) -> None:
+        self.closed = True
+
+    @asynccontextmanager
+    async def _call(self, verb: str, uid: str, *about: object) -> AsyncIterator[None]:
+        self.calls.append((verb, uid, *about))
+        if uid in self.flying or uid in self.waiting:
+            self.overlaps.append(uid)
+        try:
+            if verb == "wait":
+                self.waiting.add(uid)
+            else:
+                self.flying.append(uid)
+                self.most = max(self.most, len(self.flying))
+            await asyncio.sleep(0)
+            if self.meanwhile:
+                await self.meanwhile(verb, uid)
+            yield
+        finally:
+            if verb == "wait":
+                self.waiting.discard(uid)
+            else:
+                self.flying.remove(uid)
+
+
+def image_of(pod: PodRef | None, limits: Limits) -> bytes:
+    """What stands for a generated object."""
+    return f"{pod} {limits}".encode()
+
+
+def refusing(verb: str, code: str, times: int = 1) -> Callable[[str, str], Awaitable[None]]:
+    """A node that says no so many times."""
+    left = [times]
+
+    async def refuse(asked: str, uid: str) -> None:
+        if asked == verb and left[0]:
+            left[0] -= 1
+            raise RefusedError(f"no {verb} of {uid or 'anything'}", code)
+
+    return refuse
+
+
+def silent(verb: str, times: int = 1) -> Callable[[str, str], Awaitable[None]]:
+    """A node that does not answer so many times."""
+    left = [times]
+
+    async def be_silent(asked: str, _: str) -> None:
+        if asked == verb and left[0]:
+            left[0] -= 1
+            raise UnreachableError("the node does not answer")
+
+    return be_silent
+
+
+@asynccontextmanager
+async def api_server(handler: Handler) -> AsyncIterator[ApiClient]:
+    """An API server on loopback that answers with a function, and a client for it."""
+    runner = web.ServerRunner(web.Server(handler, handler_cancellation=True), shutdown_timeout=0)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        async with client_of(f"http://127.0.0.1:{runner.addresses[0][1]}") as client:
+            yield client
+    finally:
+        await runner.cleanup()
+
+
+@asynccontextmanager
+async def client_of(url: str) -> AsyncIterator[ApiClient]:
+    """A client for the API server at an address, whatever proxy the environment names."""
+    configuration = Configuration(host=url)
+    configuration.client_session_kwargs = {"trust_env": False}
+    # Over plain HTTP, nobody needs the machine's certificates, which take longer to read than most tests.
+    with patch.object(ssl, "create_default_context", lambda **_: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)):
+        client = ApiClient(configuration)
+    try:
+        yield client
+    finally:
+        await client.close()  # type: ignore[no-untyped-call]
