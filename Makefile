@@ -1,5 +1,5 @@
 # Everything runs as root: BPF programs are loaded, namespaces and cgroups are made.
-.PHONY: demo test lint bench install proto requirements
+.PHONY: demo test lint bench bench-cluster install proto requirements
 
 demo: install
 	.venv/bin/python -m bench.demo
@@ -15,6 +15,15 @@ lint: install
 
 bench: install
 	.venv/bin/python -m bench.run
+
+# Against kube-apiserver too, where KUBEBUILDER_ASSETS or /usr/local/kubebuilder/bin has one.
+bench-cluster: install
+	.venv/bin/python -m bench.converge
+	.venv/bin/python -m bench.chaos --rounds 100
+	if .venv/bin/python -c 'from bench.kubeapi import real_assets as found; raise SystemExit(not found())'; then \
+		.venv/bin/python -m bench.converge --real && .venv/bin/python -m bench.chaos --rounds 20 --seed 2 --real; \
+	fi
+	.venv/bin/python -m bench.cluster_page
 
 install:
 	@tools/install

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import click
+import msgspec
 
 from bench import machine
 from bench.converge import pid
@@ -45,7 +46,7 @@ from bpfrl.node.agent import Agent
 
 Rates = tuple[int, int]
 
-_FIGURES: Final = Path(__file__).parent / "results" / "chaos.json"
+FIGURES: Final = Path(__file__).parent / "results" / "chaos.json"
 _LEASE: Final = ("kube-system", "bpfrl-master")
 _MASTER_OPTIONS: Final = ("--lease-duration", "3", "--resync", "5")
 _MASTERS: Final = 2
@@ -206,6 +207,12 @@ class Summary:
     growth: int
     witness: tuple[Use, Use]
     course: Sequence[Round]
+
+    @property
+    def command(self) -> str:
+        """How to repeat it."""
+        real = " --real" if self.server == RealApi.__name__ else ""
+        return f"python -m bench.chaos --rounds {self.rounds} --seed {self.seed}{real}"
 
     def __str__(self) -> str:
         """A few lines for people."""
@@ -622,6 +629,11 @@ def cluster(server: type[StandIn | RealApi], seed: int) -> Iterator[Cluster]:
         yield built
 
 
+def load(path: Path) -> dict[str, Summary]:
+    """Read what :func:`save` wrote, by API server; nothing where there is no such file."""
+    return msgspec.json.decode(path.read_bytes(), type=dict[str, Summary]) if path.exists() else {}
+
+
 def save(summary: Summary, path: Path) -> None:
     """Write as JSON, one round a line, beside what is there about the other API server."""
     known = json.loads(path.read_text()) if path.exists() else {}
@@ -733,9 +745,7 @@ def _bpftool(*arguments: str) -> list[dict[str, Any]]:
 @click.option("--rounds", type=click.IntRange(min=1), default=100, show_default=True, help="How many rounds.")
 @click.option("--seed", type=int, default=1, show_default=True, help="What is done follows from this number.")
 @click.option("--real", is_flag=True, help="Use etcd and kube-apiserver, not the stand-in.")
-@click.option(
-    "--output", type=click.Path(path_type=Path, dir_okay=False), default=_FIGURES, help="Where the JSON goes."
-)
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), default=FIGURES, help="Where the JSON goes.")
 def main(rounds: int, seed: int, real: bool, output: Path) -> None:
     """Kill daemons and the API server at any moment, and see that limits come to what pods ask for.
 

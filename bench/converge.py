@@ -47,7 +47,7 @@ from bpfrl.units import Rate
 Rates = tuple[int, int]
 Figures = TypeVar("Figures")
 
-_FIGURES: Final = Path(__file__).parent / "results" / "converge.json"
+FIGURES: Final = Path(__file__).parent / "results" / "converge.json"
 _STAND_IN: Final = "stand-in"
 _REAL: Final = "kube-apiserver"
 _FIRST: Final[Rates] = (10_000_000, 20_000_000)
@@ -645,9 +645,7 @@ def _peak(daemon: Daemon) -> float:
 @click.option("--at-once", type=click.IntRange(min=1), default=1000, show_default=True, help="Pods at once.")
 @click.option("--nodes", type=click.IntRange(1, 200), default=10, show_default=True, help="Nodes for those at once.")
 @click.option("--runs", type=click.IntRange(min=1), default=3, show_default=True, help="How often to measure each.")
-@click.option(
-    "--output", type=click.Path(path_type=Path, dir_okay=False), default=_FIGURES, help="Where the JSON goes."
-)
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), default=FIGURES, help="Where the JSON goes.")
 @click.option("--report-only", is_flag=True, help="Measure nothing: print the section again from the JSON.")
 def main(real: bool, pods: int, at_once: int, nodes: int, runs: int, output: Path, report_only: bool) -> None:
     """Measure how soon limits hold after pods are created, changed and deleted.
