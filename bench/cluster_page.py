@@ -16,16 +16,17 @@ _HEAD: Final = """\
 <!-- Made by bench/cluster_page.py from bench/results: run `make bench-cluster`, do not edit. -->
 # Convergence
 
-How soon a cluster's limits hold, and that they come to what pods ask for whatever is killed on the way. Two API servers were asked: a stand-in
-that speaks its protocol (`bench/standin.py`), and etcd with kube-apiserver.
+How soon a cluster's limits hold, and that they come to what pods ask for whatever is killed on the way. Two API
+servers were asked: a stand-in that speaks the protocol (`bench/standin.py`), and etcd with kube-apiserver.
 """
 _CHAOS: Final = """\
 ## Kills at random
 
-In each round pods are created, annotated (also with what cannot be meant), completed and deleted on three nodes, cgroups come late and
-go early, and meanwhile one or several of the two masters, two of the three node daemons and the API server are killed with SIGKILL and started again. Then the
-kernel's state must become what the pods ask for, as bpftool and `bpfrl list` see it, and nothing else may be left: no pin, program, link or map.
-A round that does not end so fails the run.
+In each round pods are created, annotated (also with what cannot be meant), completed and deleted on three nodes, and
+cgroups come late and go early. Meanwhile one or several of the two masters, two of the three node daemons and the API
+server are killed with SIGKILL and started again. Then the kernel's state must become what the pods ask for, as bpftool
+and `bpfrl list` see it, and nothing else may be left: no pin, program, link or map. A round that does not end so fails
+the run.
 """
 
 
