@@ -100,6 +100,7 @@ async def serve(settings: Settings) -> None:
             if stopped.is_set():
                 log.info("stopping; limits stay in force")
                 await controller.drain()
+                await recorder.flush()
         finally:
             for task in (waiting, *tasks):
                 task.cancel()

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import time
 from collections import OrderedDict
+from contextlib import suppress
 from datetime import UTC, datetime
 from enum import Enum
 from typing import Final, NamedTuple
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 _REPEAT_SECONDS: Final = 600.0
 _REMEMBERED: Final = 10_000
 _QUEUE: Final = 2_000
+_FLUSH_SECONDS: Final = 3.0
 _COMPONENT: Final = "bpfrl"
 # A name of 253 characters at most, of which the digest takes 17 (apimachinery, DNS-1123 subdomain).
 _LONGEST_NAME: Final = 236
@@ -86,6 +88,14 @@ class Recorder:
                 await self._send(self._api, report)
             except ApiError as error:
                 log.warning("no Event about %s: %s", report.pod.ref, error)
+            finally:
+                self._queue.task_done()
+
+    async def flush(self) -> None:
+        """Return when everything has been told, or cannot be told soon."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_FLUSH_SECONDS):
+                await self._queue.join()
 
     async def _send(self, api: Api, report: Report) -> None:
         event = self._event(report)

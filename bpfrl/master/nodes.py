@@ -129,6 +129,7 @@ class NodeWorker:
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._backoff = Backoff(_FIRST_NODE_PAUSE, _LONGEST_NODE_PAUSE)
         self._resync_at = 0.0
+        self._connected: asyncio.Task[None] | None = None
         self._slots = asyncio.Semaphore(_SLOTS)
         self._stopping = False
 
@@ -218,6 +219,7 @@ class NodeWorker:
         if self._backoff.failures:
             log.info("node %s answers", self._client.target)
         self._backoff.reset()
+        self._watch_connection()
         refs = [PodRef(each.uid) if isinstance(each, Broken) else each.pod for each in listed]
         self._found = {ref.uid: Has.of(each) for ref, each in zip(refs, listed, strict=True) if ref.is_pod}
         # The node may have answered before, or after, what was on the way meanwhile.
@@ -226,6 +228,19 @@ class NodeWorker:
         spread = random.uniform(1 - _JITTER, 1 + _JITTER)  # noqa: S311 - no secret
         self._resync_at = asyncio.get_running_loop().time() + self._resync * spread
         return True
+
+    def _watch_connection(self) -> None:
+        """A node whose connection goes may have been started anew, with nothing of what it had: ask again."""
+        if self._connected:
+            self._connected.cancel()
+        self._connected = asyncio.create_task(self._ask_when_lost())
+
+    async def _ask_when_lost(self) -> None:
+        await self._client.lost()
+        # Something in between may cut off every connection.
+        await asyncio.sleep(_FIRST_NODE_PAUSE)
+        self._found = None
+        self._wake.set()
 
     def _tell_all(self, reason: str) -> None:
         for want in self.wants.values():
@@ -265,9 +280,9 @@ class NodeWorker:
         try:
             if want is None or want.limits is None:
                 async with self._slot():
-                    await self._client.detach(uid)
+                    change = await self._client.detach(uid)
                 self._set(uid, None)
-                if pod := self._leaving.pop(uid, None):
+                if (pod := self._leaving.pop(uid, None)) and change is Change.DETACHED:
                     self._recorder.tell(pod, Reason.UNLIMITED, "the pod asks for no limit any more")
             else:
                 change = await self._give(uid, verb, want, want.limits)
@@ -336,6 +351,8 @@ class NodeWorker:
             self._found[uid] = has
 
     async def _cancel(self) -> None:
+        if self._connected:
+            self._connected.cancel()
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()

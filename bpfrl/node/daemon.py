@@ -32,6 +32,9 @@ _GRACE_SECONDS: Final = 5.0
 _OPTIONS: Final = (
     ("grpc.so_reuseport", 0),  # a second daemon on this port is a mistake, and not to share the work
     ("grpc.max_receive_message_length", 2**20),
+    # Masters see twice a minute whether this node is still there.
+    ("grpc.http2.min_ping_interval_without_data_ms", tls.KEEPALIVE_SECONDS * 500),
+    ("grpc.keepalive_permit_without_calls", 1),
     # A certificate is checked in the handshake: once an hour there is a new one.
     ("grpc.max_connection_age_ms", 3_600_000),
     ("grpc.max_connection_age_grace_ms", 60_000),

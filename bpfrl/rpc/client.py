@@ -35,6 +35,11 @@ _OPTIONS: Final = (
     # One channel a node, none shared: a node that does not answer is nobody else's trouble.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.max_receive_message_length", 16 * 2**20),
+    # A node that has lost its power says nothing: it is asked twice a minute. The node's side must allow that.
+    ("grpc.keepalive_time_ms", tls.KEEPALIVE_SECONDS * 1000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
 )
 
 
@@ -107,6 +112,14 @@ class NodeClient:
         async with self._calling() as node:
             reply = await node.List(node_pb2.ListRequest(), timeout=_CALL_SECONDS)
             return [messages.to_limiter(limiter) for limiter in reply.limiters]
+
+    async def lost(self) -> None:
+        """Return when the connection to the node is gone, or has never been."""
+        connection = self._connection
+        # What is closed by us cannot be asked any more.
+        with suppress(grpc.aio.UsageError):
+            while connection and connection.channel.get_state() is grpc.ChannelConnectivity.READY:
+                await connection.channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
 
     async def close(self) -> None:
         """Close the connection, when its last call has ended."""

@@ -31,6 +31,7 @@ _REASONS: Final = (
     (re.compile(r"PEER_DID_NOT_RETURN_A_CERTIFICATE"), "it has no certificate"),
     (re.compile(r"CERTIFICATE_VERIFY_FAILED: (.*?)(?:: OK)?$"), r"its certificate is refused: \1"),
     (re.compile(r"WRONG_VERSION_NUMBER|HTTP_REQUEST|UNKNOWN_PROTOCOL"), "it does not speak TLS"),
+    (re.compile(r"Handshake read failed"), "it hung up in the handshake"),
     (re.compile(r"ALERT_(\w+)"), r"it refuses this certificate: \1"),
 )
 

@@ -50,6 +50,8 @@ _UNANSWERED: Final = frozenset(
 
 # What gRPC makes of a call that ends while the caller writes, whatever the node may have said.
 _CUT_OFF: Final = "Internal error from Core"
+# In TLS 1.3 whoever is refused learns no more than that.
+_HUNG_UP: Final = "Socket closed"
 
 
 def code_of(error: BpfrlError) -> grpc.StatusCode:
@@ -61,5 +63,6 @@ def error_of(node: str, error: grpc.aio.AioRpcError) -> UnreachableError | Refus
     """The error that a call to a node has ended with."""
     code, text = error.code(), " ".join((error.details() or "no reason given").split())
     if code in _UNANSWERED or text == _CUT_OFF:
-        return UnreachableError(f"node {node}: {text}")
+        hint = " (its log says why, if it refuses this certificate)" if text.endswith(_HUNG_UP) else ""
+        return UnreachableError(f"node {node}: {text}{hint}")
     return RefusedError(text, code.name)

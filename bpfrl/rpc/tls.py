@@ -33,6 +33,8 @@ MASTER: Final = "master.bpfrl"
 AUTHORITY_FILE: Final = "ca.crt"
 CERTIFICATE_FILE: Final = "tls.crt"
 KEY_FILE: Final = "tls.key"
+# How often a master sees whether a silent node is still there.
+KEEPALIVE_SECONDS: Final = 30
 _FILES: Final = (AUTHORITY_FILE, CERTIFICATE_FILE, KEY_FILE)
 _HOW: Final = "bpfrl certs init DIR makes certificates"
 

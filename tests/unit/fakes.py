@@ -139,6 +139,7 @@ class Node(NodeClient):
         most: how many of those there have been at most.
         overlaps: the UIDs for which two calls were on the way at once.
         waiting: the UIDs that a patient attach waits for.
+        cut: the connection is gone, until the next call.
     """
 
     def __init__(self) -> None:
@@ -151,6 +152,7 @@ class Node(NodeClient):
         self.most = 0
         self.overlaps: list[str] = []
         self.waiting: set[str] = set()
+        self.cut = False
         self.closed = False
 
     def give(self, number: int, limits: Limits = SLOW, *, build: bytes = BUILD, cgroup_id: int = 7) -> str:
@@ -166,6 +168,10 @@ class Node(NodeClient):
     def verbs(self, uid: str = "") -> list[str]:
         """The calls so far, but for lists; those for one pod."""
         return [str(call[0]) for call in self.calls if call[0] != "list" and (not uid or call[1] == uid)]
+
+    async def lost(self) -> None:
+        while not self.cut:
+            await asyncio.sleep(0.005)
 
     async def attach(self, pod: PodRef, limits: Limits, image: bytes, build: bytes, wait: float = 0) -> Change:
         assert image == image_of(pod, limits)

@@ -546,6 +546,22 @@ def test_a_mistake_of_ours_costs_one_pod_a_pause_and_nothing_else(
     run(work())
 
 
+def test_a_node_whose_connection_is_gone_is_asked_what_it_has() -> None:
+    """As after a reboot, which leaves it without any limiter."""
+
+    async def work() -> None:
+        play = Played()
+        play.want(1, SLOW)
+        async with play.at_work():
+            await until(lambda: uid_of(1) in play.node.has)
+            play.node.has.clear()
+            play.node.cut = True
+            await until(lambda: uid_of(1) in play.node.has)
+            play.node.cut = False
+
+    run(work())
+
+
 def test_a_node_that_does_not_answer_is_asked_anew_and_other_pods_go_on() -> None:
     async def work() -> None:
         play = Played()
