@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from bench import chaos, converge
+from bench.kubeapi import RealApi, StandIn
 
 _PAGE: Final = Path(__file__).parent.parent / "docs" / "convergence.md"
 _HEAD: Final = """\
@@ -30,6 +31,9 @@ the run.
 """
 
 
+_NAMES: Final = {StandIn.__name__: "stand-in", RealApi.__name__: "kube-apiserver"}
+
+
 def main() -> None:
     """Write the page."""
     text = "\n".join([_HEAD, converge.section(converge.load(converge.FIGURES)), "", _CHAOS, *_rounds()])
@@ -38,7 +42,7 @@ def main() -> None:
 
 def _rounds() -> Iterator[str]:
     for server, summary in chaos.load(chaos.FIGURES).items():
-        yield f"### {server}"
+        yield f"### {_NAMES[server]}"
         yield ""
         for line in str(summary).splitlines():
             yield f"- {line[0].upper()}{line[1:]}."

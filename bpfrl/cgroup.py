@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -63,6 +64,7 @@ class CgroupTree:
     def __init__(self, root: Path | None = None) -> None:
         self.root = root or mount_point()
         self._parents: list[Path] = []
+        self._surveyed_at = -math.inf
 
     def find(self, uid: str, *, survey: bool = True) -> Path:
         """The cgroup of the pod with this UID.
@@ -78,6 +80,7 @@ class CgroupTree:
         found = self._look(uid)
         if not found and survey:
             self._parents = list(_parents(self.root))
+            self._surveyed_at = time.monotonic()
             found = self._look(uid)
         if not found:
             raise CgroupNotFoundError(f"no cgroup for pod {uid} under {self.root}: is it running on this node?")
@@ -86,6 +89,10 @@ class CgroupTree:
                 f"several cgroups for pod {uid}, name one with --cgroup: {', '.join(map(str, found))}"
             )
         return found[0]
+
+    def survey_due(self) -> bool:
+        """True when it is worth it to walk the tree again, whoever has done so last."""
+        return time.monotonic() - self._surveyed_at >= _SURVEY_SECONDS
 
     def wait(self, uid: str, seconds: float) -> Path:
         """Like :meth:`find`, but give the kubelet some time to make the cgroup first.
@@ -116,7 +123,6 @@ class Search:
         self._uid = uid
         self._start = time.monotonic()
         self._seconds = seconds
-        self._survey_at = self._start
 
     def look(self) -> Path | None:
         """The cgroup, or None while there is time left for it to come.
@@ -125,13 +131,9 @@ class Search:
             CgroupNotFoundError: there is none, and no time left.
             AmbiguousCgroupError: there are several that could be it.
         """
-        now = time.monotonic()
-        last = not now < self._start + self._seconds  # NaN is no time to wait either
-        survey = last or now >= self._survey_at
-        if survey:
-            self._survey_at = now + _SURVEY_SECONDS
+        last = not time.monotonic() < self._start + self._seconds  # NaN is no time to wait either
         try:
-            return self._tree.find(self._uid, survey=survey)
+            return self._tree.find(self._uid, survey=self._tree.survey_due())
         except CgroupNotFoundError:
             if last:
                 raise

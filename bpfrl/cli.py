@@ -545,7 +545,7 @@ def serve_node(context: click.Context, listen: str, certs: Path | None, insecure
 )
 @click.option(
     "--resync",
-    type=click.FloatRange(1),
+    type=click.IntRange(1),
     default=300,
     show_default=True,
     metavar="SECONDS",
@@ -586,6 +586,9 @@ def serve_master(
     this order. With --manifests no API server is needed: pods come from the folder's files, and are on this machine
     unless status.hostIP names another. Limits stay in force while no master runs.
     """
+    from bpfrl.rpc import corelog  # noqa: PLC0415 - before grpc is imported
+
+    corelog.redirect()
     from bpfrl.master import daemon  # noqa: PLC0415
     from bpfrl.rpc import tls  # noqa: PLC0415
 

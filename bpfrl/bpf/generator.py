@@ -141,11 +141,18 @@ def compile_object(source: str) -> bytes:
     Raises:
         CompilerError: clang is missing or failed.
     """
-    clang, strip = (_tool(name) for name in ("clang", "llvm-strip"))
     with resources.as_file(resources.files(__package__)) as folder:
-        cached = _cache_folder() / f"{_digest(folder, source, (clang, strip))}.o"
-        kept = _kept(cached)
-        if kept is not None:
+        sources = _digest(folder, source)
+        try:
+            clang, strip = (_tool(name) for name in ("clang", "llvm-strip"))
+        except CompilerError:
+            # What any compiler has made of the same sources will do.
+            for cached in sorted(_cache_folder().glob(f"{sources}-*.o")):
+                if kept := _kept(cached):
+                    return kept
+            raise
+        cached = _cache_folder() / f"{sources}-{_version((clang, strip))}.o"
+        if kept := _kept(cached):
             return kept
         log.info("compiling %s", source)
         with tempfile.TemporaryDirectory(prefix="bpfrl-") as scratch:
@@ -160,12 +167,18 @@ def compile_object(source: str) -> bytes:
     return image
 
 
-def _digest(folder: Path, source: str, tools: tuple[str, ...]) -> str:
-    """A name for what the compiler's output follows from; system headers, which only declare, are left out."""
-    digest = hashlib.sha256(repr((source, _FLAGS)).encode())
+def _version(tools: tuple[str, ...]) -> str:
+    """A name for these versions of the tools."""
+    digest = hashlib.sha256()
     for tool in tools:
         status = os.stat(tool)
         digest.update(repr((os.path.realpath(tool), status.st_size, status.st_mtime_ns)).encode())
+    return digest.hexdigest()[:16]
+
+
+def _digest(folder: Path, source: str) -> str:
+    """A name for what goes into the compiler; system headers, which only declare, are left out."""
+    digest = hashlib.sha256(repr((source, _FLAGS)).encode())
     for path in sorted(folder.iterdir()):
         if path.suffix in _SOURCE_SUFFIXES:
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -240,9 +253,10 @@ def _places(image: bytes) -> tuple[int, int]:
     parsing two milliseconds.
     """
     global _last  # noqa: PLW0603
-    if _last is None or not _is_like(image, *_last):
-        _last = (image, _parse(image))
-    return _last[1]
+    last = _last  # the daemon's threads look at objects side by side
+    if last is None or not _is_like(image, *last):
+        _last = last = (image, _parse(image))
+    return last[1]
 
 
 def _is_like(image: bytes, other: bytes, places: tuple[int, int]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 _SOURCE: Final = "sockets.bpf.c"
 
 
+@cache  # and warn of it once
 def prepare() -> None:
     """Compile what :func:`release` will need, while whoever attaches can still do something about it."""
     try:

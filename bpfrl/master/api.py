@@ -19,6 +19,7 @@ from kubernetes.aio.client import ApiClient, Configuration
 
 from bpfrl.errors import ApiError, ClusterError
 
+_HOME_KUBECONFIG: Final = Path("~/.kube/config")
 _CALL: Final = aiohttp.ClientTimeout(total=30)
 _ERROR_STATUS: Final = 400
 _LONGEST_REASON: Final = 300
@@ -39,9 +40,11 @@ async def connect(kubeconfig: Path | None, context: str | None) -> ApiClient:
         ClusterError: none of them names one.
     """
     configuration = Configuration()
+    named = os.environ.get("KUBECONFIG", "")
     try:
-        if kubeconfig or context or "KUBECONFIG" in os.environ or "KUBERNETES_SERVICE_HOST" not in os.environ:
-            file = str(kubeconfig) if kubeconfig else None
+        if kubeconfig or context or named or "KUBERNETES_SERVICE_HOST" not in os.environ:
+            file = str(kubeconfig or named or _HOME_KUBECONFIG.expanduser())
+            _check_is_there(file)
             loader = await config.load_kube_config(file, context, configuration, persist_config=False)  # type: ignore[no-untyped-call]
             _keep_fresh(configuration, loader)
         else:
@@ -110,6 +113,12 @@ async def _refusal(response: aiohttp.ClientResponse) -> ApiError:
         response.status,
         float(wait) if wait.isdecimal() else 0.0,
     )
+
+
+def _check_is_there(files: str) -> None:
+    """The client's own error is about something else."""
+    if not any(Path(file).is_file() for file in files.split(os.pathsep)):
+        raise ClusterError(f"{files} is not there")
 
 
 def _keep_fresh(configuration: Configuration, loader: Any) -> None:

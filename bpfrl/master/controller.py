@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Final
 
 from bpfrl.master.events import Reason, Recorder
@@ -41,7 +41,7 @@ class Controller:
         self._resync = resync
         self._pods: dict[str, Pod] = {}
         self._wanted: dict[str, Want] = {}  # by the API's UID, wherever the pod is
-        self._claims: dict[str, dict[str, None]] = {}  # the API's UIDs by the cgroup's, of those that are wanted
+        self._claims: dict[str, set[str]] = {}  # the API's UIDs by the cgroup's, where they differ: static pods
         self._addresses: dict[str, str] = {}  # of nodes, by name
         self._placed: dict[str, str] = {}  # the node's address, by the API's UID
         self._members: Counter[str] = Counter()  # pods by address
@@ -71,9 +71,16 @@ class Controller:
 
     def put(self, pod: Pod) -> None:
         """This pod is new, or has changed."""
-        if self._pods.get(pod.uid) == pod:
+        before = self._pods.get(pod.uid)
+        if before == pod:
             return
+        if before:
+            self._unclaim(before)
         self._pods[pod.uid] = pod
+        if pod.ref.uid != pod.uid:
+            self._claims.setdefault(pod.ref.uid, set()).add(pod.uid)
+        if before and before.ref.uid != pod.ref.uid:
+            self._settle(before.ref.uid, self._placed.get(pod.uid, ""), lives=False)
         if pod.address:
             self._learn(pod.node, pod.address)
         address = pod.address or self._addresses.get(pod.node, "")
@@ -88,7 +95,9 @@ class Controller:
         address = self._placed.pop(uid, "")
         self._members[address] -= 1
         self._waiting.get(pod.node, set()).discard(uid)
-        self._let_go(uid, address, lives=False)
+        self._unclaim(pod)
+        self._wanted.pop(uid, None)
+        self._settle(pod.ref.uid, address, lives=False)
 
     # What a leader does.
 
@@ -132,30 +141,33 @@ class Controller:
             limits = before.limits if before else None
             self._complain(pod)
         if limits is None and not pod.problem:
-            self._let_go(pod.uid, address, lives=not pod.ended)
-            return
-        if before and before.pod.ref.uid != pod.ref.uid:
-            self._let_go(pod.uid, address, lives=False)
-        self._wanted[pod.uid] = Want(pod, limits)
-        self._claims.setdefault(pod.ref.uid, {}).setdefault(pod.uid)
-        if address:
-            self._worker(address).want(pod.ref.uid, self._heir(pod.ref.uid, address))
+            self._wanted.pop(pod.uid, None)
+        else:
+            self._wanted[pod.uid] = Want(pod, limits)
+        self._settle(pod.ref.uid, address, lives=not pod.ended)
 
-    def _let_go(self, uid: str, address: str, *, lives: bool) -> None:
-        want = self._wanted.pop(uid, None)
-        if want is None:
-            return
-        cgroup = want.pod.ref.uid
-        del self._claims[cgroup][uid]
-        if not self._claims[cgroup]:
-            del self._claims[cgroup]
-        if address:
-            self._worker(address).want(cgroup, self._heir(cgroup, address), lives=lives)
+    def _settle(self, cgroup: str, address: str, *, lives: bool) -> None:
+        """Tell a node's worker what counts for a cgroup.
 
-    def _heir(self, cgroup: str, address: str) -> Want | None:
-        """Who counts for a cgroup of a node: the first, if several claim to be the same static pod."""
-        claims = self._claims.get(cgroup, ())
-        return next((self._wanted[uid] for uid in claims if self._placed.get(uid) == address), None)
+        Of several pods that claim to be the same static pod, it is the oldest that counts, with limits or
+        without: the mark and the hash are annotations, which others may write too.
+        """
+        if not address:
+            return
+        claimants = self._claimants(cgroup)
+        there = [uid for uid in claimants if self._placed.get(uid) == address and not self._pods[uid].ended]
+        oldest = min(there, key=lambda uid: (self._pods[uid].created, uid), default="")
+        self._worker(address).want(cgroup, self._wanted.get(oldest), lives=lives)
+
+    def _claimants(self, cgroup: str) -> Collection[str]:
+        """The pods, by the API's UID, whose cgroup this is."""
+        return self._claims.get(cgroup) or ((cgroup,) if cgroup in self._pods else ())
+
+    def _unclaim(self, pod: Pod) -> None:
+        claims = self._claims.get(pod.ref.uid, set())
+        claims.discard(pod.uid)
+        if not claims:
+            self._claims.pop(pod.ref.uid, None)
 
     def _complain(self, pod: Pod) -> None:
         if pod.problem and self._leading.locked():
@@ -168,10 +180,9 @@ class Controller:
             return
         if before is not None:
             self._members[before] -= 1
-            if before:
-                self._let_go(pod.uid, before, lives=False)
         self._placed[pod.uid] = address
         self._members[address] += 1
+        self._settle(pod.ref.uid, before or "", lives=False)
         if address:
             self._waiting.get(pod.node, set()).discard(pod.uid)
             self._worker(address)
@@ -199,10 +210,11 @@ class Controller:
 
     def _is_orphan(self, uid: str) -> bool:
         """Whether a limiter for this UID may be taken off a node where it is not wanted."""
-        if claims := self._claims.get(uid):
+        claimants = self._claimants(uid)
+        if wanted := [each for each in claimants if each in self._wanted]:
             # Wanted elsewhere, unless it is not known yet where that is.
-            return all(self._placed.get(owner) for owner in claims)
-        return self._complete or any(pod.ref.uid == uid for pod in self._pods.values())
+            return all(self._placed.get(each) for each in wanted)
+        return self._complete or bool(claimants)
 
     def _run(self, address: str) -> None:
         if address not in self._running and not self._draining:

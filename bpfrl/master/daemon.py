@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import socket
+import uuid
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +63,8 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
     await asyncio.to_thread(generator.build)
-    identity = f"{socket.gethostname()}_{os.getpid()}"
+    # Two masters of one node's network have its name, and both may be process 1.
+    identity = f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}"
 
     def connect(address: str) -> NodeClient:
         return NodeClient(address, settings.node_port, settings.certificates)

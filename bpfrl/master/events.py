@@ -1,6 +1,7 @@
 """Telling people what has become of their pods' limits: Kubernetes Events, or the log where there is no API server.
 
-The same thing about the same pod is told once in ten minutes, and what cannot be told is dropped: nothing waits for it.
+What was told last about a pod is not told again for ten minutes, and what cannot be told is dropped: nothing waits for
+it.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from collections import OrderedDict
 from contextlib import suppress
 from datetime import UTC, datetime
 from enum import Enum
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 from bpfrl.errors import ApiError
 from bpfrl.master.api import Api
 from bpfrl.master.pods import Pod
 
 log = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
 
 _REPEAT_SECONDS: Final = 600.0
 _REMEMBERED: Final = 10_000
@@ -62,19 +65,16 @@ class Recorder:
         self._api = api
         self._instance = instance
         self._queue: asyncio.Queue[Report] = asyncio.Queue(_QUEUE)
-        self._told: OrderedDict[tuple[str, Reason, str], tuple[float, int]] = OrderedDict()
+        self._last: OrderedDict[str, tuple[Reason, str, float]] = OrderedDict()  # by the pod's UID
+        self._counts: OrderedDict[str, int] = OrderedDict()  # by the Event's name
 
     def tell(self, pod: Pod, reason: Reason, message: str) -> None:
         """Tell it, unless that has been done a moment ago."""
-        key = (pod.uid, reason, message)
-        then, count = self._told.get(key, (-_REPEAT_SECONDS, 0))
         now = time.monotonic()
-        if now - then < _REPEAT_SECONDS:
+        last = self._last.get(pod.uid)
+        if last and last[:2] == (reason, message) and now - last[2] < _REPEAT_SECONDS:
             return
-        self._told[key] = (now, count + 1)
-        self._told.move_to_end(key)
-        if len(self._told) > _REMEMBERED:
-            self._told.popitem(last=False)
+        _remember(self._last, pod.uid, (reason, message, now))
         name, kind = reason.value
         log.log(logging.WARNING if kind == "Warning" else logging.INFO, "%s: %s: %s", pod.ref, name, message)
         if self._api and pod.uid and not self._queue.full():
@@ -107,18 +107,18 @@ class Recorder:
             if error.status != _CONFLICT:
                 raise
         again = {"lastTimestamp": event["lastTimestamp"], "count": event["count"]}
-        name = _name(report)
-        async with api.request("PATCH", f"{path}/{name}", body=again, content_type=_MERGE_PATCH):
+        async with api.request("PATCH", f"{path}/{_name(report)}", body=again, content_type=_MERGE_PATCH):
             pass
 
     def _event(self, report: Report) -> dict[str, object]:
         pod, (reason, kind) = report.pod, report.reason.value
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        _, count = self._told.get((pod.uid, report.reason, report.message), (0.0, 1))
+        name = _name(report)
+        _remember(self._counts, name, self._counts.get(name, 0) + 1)
         return {
             "apiVersion": "v1",
             "kind": "Event",
-            "metadata": {"name": _name(report), "namespace": pod.ref.namespace},
+            "metadata": {"name": name, "namespace": pod.ref.namespace},
             "involvedObject": {
                 "apiVersion": "v1",
                 "kind": "Pod",
@@ -134,8 +134,16 @@ class Recorder:
             "reportingInstance": self._instance,
             "firstTimestamp": now,
             "lastTimestamp": now,
-            "count": count,
+            "count": self._counts[name],
         }
+
+
+def _remember(store: OrderedDict[str, Value], key: str, value: Value) -> None:
+    """Keep it, and forget what has not been touched for longest."""
+    store[key] = value
+    store.move_to_end(key)
+    if len(store) > _REMEMBERED:
+        store.popitem(last=False)
 
 
 def _name(report: Report) -> str:

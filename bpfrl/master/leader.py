@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import aiohttp
 from kubernetes.aio.client import ApiClient, ApiException, V1Lease, V1LeaseSpec, V1ObjectMeta
+from kubernetes.aio.config import ConfigException
 from kubernetes.aio.leaderelection import leaderelection
 from kubernetes.aio.leaderelection.electionconfig import Config
 from kubernetes.aio.leaderelection.leaderelectionrecord import LeaderElectionRecord
@@ -56,7 +57,7 @@ class _Lock(LeaseLock):
         try:
             async with asyncio.timeout(self._timeout):
                 return await call
-        except (ApiException, aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+        except (ApiException, ConfigException, aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
             log.warning("lease %s: %s", LEASE, " ".join(str(error).split()) or type(error).__name__)
             return None
 
@@ -104,10 +105,13 @@ class Leadership:
                 await asyncio.wait({election, failed}, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 election.cancel()
-                await asyncio.gather(election, return_exceptions=True)
+                [result] = await asyncio.gather(election, return_exceptions=True)
                 await self._end()
             if failed.done():
                 failed.result()
+            if isinstance(result, Exception):
+                log.error("the election has failed: %r", result)
+                await asyncio.sleep(self._retry)
 
     async def release(self) -> None:
         """Let another one lead at once, if this one does."""

@@ -51,6 +51,7 @@ class ManifestWatch:
         self._good: dict[Path, list[Pod]] = {}
         self._problems: dict[Path, str] = {}
         self._gone = False
+        self._unwatched = False
         self._twice: set[tuple[Path, str, Path]] = set()
 
     async def run(self) -> None:
@@ -67,8 +68,11 @@ class ManifestWatch:
                     recursive=False,
                 ):
                     self.look()
-            except OSError as error:
-                log.debug("cannot watch %s: %s", self._folder, error)
+            except (OSError, RuntimeError) as error:
+                # inotify has its limits: what cannot be watched is looked at all the same.
+                if not self._gone and not self._unwatched:
+                    log.warning("cannot watch %s, so it is read every second: %s", self._folder, error)
+                    self._unwatched = True
             await asyncio.sleep(_GONE_SECONDS)
 
     def look(self) -> None:
@@ -132,6 +136,9 @@ def _read_file(path: Path) -> list[Pod]:
     # PyYAML raises whatever Python's own types do where a text is no number, day or truth value.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise InvalidValueError(f"no YAML: {' '.join(str(error).split())}") from error
+    if not documents:
+        # As an editor leaves it for a moment; who wants it gone removes the file.
+        raise InvalidValueError("holds no Pod")
     return [_pod(document) for document in documents]
 
 
@@ -140,6 +147,8 @@ def _pod(document: Any) -> Pod:
     if kind != "Pod":
         named = kind if isinstance(kind, str) and _KIND.fullmatch(kind) else "something"
         raise InvalidValueError(f"holds {named} where a Pod is expected")
+    if isinstance(document.get("metadata"), dict):
+        document["metadata"].pop("creationTimestamp", None)  # which YAML makes a time of, and nobody needs
     try:
         raw = msgspec.convert(document, RawPod)
     except msgspec.ValidationError as error:

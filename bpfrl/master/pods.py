@@ -29,6 +29,7 @@ class Metadata(msgspec.Struct, rename="camel"):
     namespace: str = ""
     uid: str = ""
     resource_version: str = ""
+    creation_timestamp: str = ""
     annotations: dict[str, str] | None = None
     labels: dict[str, str] | None = None
 
@@ -65,6 +66,7 @@ class Pod(msgspec.Struct, frozen=True, gc=False):
         limits: what it asks for; None: nothing, or it has run to its end.
         problem: why its annotations cannot be meant, "" if they can.
         ended: it has run to its end.
+        created: when, as the API server says it; later ones sort later.
     """
 
     uid: str
@@ -74,6 +76,7 @@ class Pod(msgspec.Struct, frozen=True, gc=False):
     limits: Limits | None = None
     problem: str = ""
     ended: bool = False
+    created: str = ""
 
 
 def read(raw: RawPod) -> Pod:
@@ -93,14 +96,23 @@ def read(raw: RawPod) -> Pod:
             limits = limits_of(marks, metadata.labels or {})
         except InvalidValueError as error:
             problem = str(error)
-    return Pod(metadata.uid, ref, raw.spec.node_name or "", raw.status.host_ip or "", limits, problem, ended)
+    return Pod(
+        uid=metadata.uid,
+        ref=ref,
+        node=raw.spec.node_name or "",
+        address=raw.status.host_ip or "",
+        limits=limits,
+        problem=problem,
+        ended=ended,
+        created=metadata.creation_timestamp,
+    )
 
 
 def _cgroup_uid(uid: str, marks: Mapping[str, str]) -> str:
     """The UID in the name of the cgroup: a static pod's is the hash that the kubelet has made of its manifest.
 
-    Only where the kubelet's other mark stands too, and only in the form of such a hash: nobody names another
-    pod's UID in an annotation and has that limited.
+    Only where the kubelet's other mark stands too, and only in the form of such a hash, which no other pod's UID
+    has. Who claims the hash of a static pod all the same is judged by the controller.
     """
     static = marks.get(STATIC_HASH, "")
     return static if MIRROR in marks and _HASH.fullmatch(static) else uid

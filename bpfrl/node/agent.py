@@ -75,7 +75,7 @@ class Agent:
         """
         contents = generator.inspect(image)
         sockets.prepare()
-        self._mount()
+        self.mount()
         with self._lock(fcntl.LOCK_EX), _present(path):
             folder = self._clean(pod.uid)
             current = _open(folder)
@@ -161,6 +161,26 @@ class Agent:
             return []
         with self._lock(fcntl.LOCK_EX):
             return [uid for uid in self._uids() if self._swept(uid)]
+
+    def mount(self) -> None:
+        """Mount a BPF file system where the limiters go, unless one is there.
+
+        Raises:
+            KernelError: something else is there, or the kernel refused.
+            PermissionDeniedError: this needs root.
+        """
+        if self.is_mounted():
+            return
+        with self._lock(fcntl.LOCK_EX):  # of the bare folder: two mounts would hide each other
+            if self.is_mounted():
+                return
+            if os.listdir(self.bpffs):
+                raise KernelError(f"{self.bpffs} is no BPF file system, and not empty: name another with --bpffs")
+            try:
+                libc.mount("bpf", self.bpffs, libc.MOUNT_NO_TRICKS, "mode=0700")
+            except OSError as error:
+                raise _refused(f"mount a BPF file system on {self.bpffs}", error) from error
+        log.info("mounted a BPF file system on %s", self.bpffs)
 
     def is_mounted(self) -> bool:
         """True where the bpffs is; without it there is no limiter.
@@ -252,20 +272,6 @@ class Agent:
             raise _refused(f"change or read {self.bpffs}", error) from error
         finally:
             os.close(number)
-
-    def _mount(self) -> None:
-        if self.is_mounted():
-            return
-        with self._lock(fcntl.LOCK_EX):  # of the bare folder: two mounts would hide each other
-            if self.is_mounted():
-                return
-            if os.listdir(self.bpffs):
-                raise KernelError(f"{self.bpffs} is no BPF file system, and not empty: name another with --bpffs")
-            try:
-                libc.mount("bpf", self.bpffs, libc.MOUNT_NO_TRICKS, "mode=0700")
-            except OSError as error:
-                raise _refused(f"mount a BPF file system on {self.bpffs}", error) from error
-        log.info("mounted a BPF file system on %s", self.bpffs)
 
 
 def _locked(number: int, kind: int) -> bool:

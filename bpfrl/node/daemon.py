@@ -51,7 +51,8 @@ async def serve(agent: Agent, tree: CgroupTree, address: str, certificates: tls.
         certificates: what to show and to ask for; None: no TLS.
 
     Raises:
-        KernelError: the address cannot be had.
+        KernelError: the address, or a BPF file system, cannot be had.
+        PermissionDeniedError: this needs root.
     """
     server = grpc.aio.server(options=_OPTIONS)
     service = NodeService(agent, tree, roles=certificates is not None)
@@ -64,7 +65,9 @@ async def serve(agent: Agent, tree: CgroupTree, address: str, certificates: tls.
         else:
             port = server.add_insecure_port(address)
     except RuntimeError as error:
-        raise KernelError(f"cannot listen on {address}: is another process listening there?") from error
+        raise KernelError(
+            f"cannot listen on {address}: another process does, or the address is none of this machine's"
+        ) from error
 
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -96,6 +99,7 @@ async def _sweep_for_ever(service: NodeService) -> None:
 
 
 def _warm_up(agent: Agent) -> None:
-    """What the first call would otherwise wait for: libbpf, and a compiler run."""
+    """What the first call would otherwise wait for, or fail of: the bpffs, libbpf, and a compiler run."""
+    agent.mount()
     agent.limiters()
     sockets.prepare()

@@ -199,6 +199,9 @@ class NodeService(NodeServicer):
             level = logging.INFO if usual else logging.WARNING
             log.log(level, "refused %s from %s: %s", what, context.peer(), error)
             await context.abort(statuses.code_of(error), str(error))
+        except OSError as error:
+            log.exception("failed to %s for %s", what, context.peer())
+            await context.abort(grpc.StatusCode.INTERNAL, f"the node cannot {what}: {error.strerror or error}")
 
 
 def _limiting(limits: Limits) -> Limits:

@@ -38,8 +38,6 @@ _ROLES: Final[dict[str, tuple[str, ObjectIdentifier]]] = {
     "master": (tls.MASTER, ExtendedKeyUsageOID.CLIENT_AUTH),
 }
 _AUTHORITY_DAYS: Final = 3650
-# What has less of its time left than this is made anew.
-_RENEWAL_SHARE: Final = 1 / 3
 # Clocks differ: a certificate is good a little before it is made.
 _SKEW: Final = timedelta(minutes=5)
 
@@ -61,6 +59,10 @@ def init(folder: Path, days: int, *, renew: bool = False) -> list[tuple[Path, bo
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     made = not (folder / tls.AUTHORITY_FILE).exists()
+    if made and (folder / _AUTHORITY_KEY).exists():
+        raise CertificateError(
+            f"{folder} has {_AUTHORITY_KEY} without {tls.AUTHORITY_FILE}: copy that back from {folder / 'node'}"
+        )
     if made:
         _make_authority(folder, timedelta(days=max(days, _AUTHORITY_DAYS)))
     authority, key = _load_authority(folder)
@@ -192,7 +194,7 @@ def _is_good(folder: Path, authority: x509.Certificate) -> bool:
         return False
     validity = certificate.not_valid_after_utc - certificate.not_valid_before_utc
     known = bundle.authority == authority.public_bytes(Encoding.PEM)
-    return known and certificate.not_valid_after_utc - datetime.now(UTC) > validity * _RENEWAL_SHARE
+    return known and certificate.not_valid_after_utc - datetime.now(UTC) > validity * tls.RENEWAL_SHARE
 
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:

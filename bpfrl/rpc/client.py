@@ -35,6 +35,8 @@ _OPTIONS: Final = (
     # One channel a node, none shared: a node that does not answer is nobody else's trouble.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.max_receive_message_length", 16 * 2**20),
+    # Nodes are in the cluster's own network, whatever the way out of it is.
+    ("grpc.enable_http_proxy", 0),
     # A node that has lost its power says nothing: it is asked twice a minute. The node's side must allow that.
     ("grpc.keepalive_time_ms", tls.KEEPALIVE_SECONDS * 1000),
     ("grpc.keepalive_timeout_ms", 10_000),

@@ -26,12 +26,13 @@ _TRACES: Final = frozenset({"handshaker.cc", "channel_trace.h", "ssl_transport_s
 _TOLD: Final = frozenset({"add_port.cc"})
 _CONTINUATION: Final = re.compile(r"=== |src/| shutdown=|\{|$")
 _LEVELS: Final = {"W": logging.WARNING, "E": logging.ERROR, "F": logging.CRITICAL}
+# A probe that only connects, or a peer that refuses us: nobody was refused.
+_HUNG_UP: Final = "Handshake read failed"
 # BoringSSL's words for what happens most.
 _REASONS: Final = (
     (re.compile(r"PEER_DID_NOT_RETURN_A_CERTIFICATE"), "it has no certificate"),
     (re.compile(r"CERTIFICATE_VERIFY_FAILED: (.*?)(?:: OK)?$"), r"its certificate is refused: \1"),
     (re.compile(r"WRONG_VERSION_NUMBER|HTTP_REQUEST|UNKNOWN_PROTOCOL"), "it does not speak TLS"),
-    (re.compile(r"Handshake read failed"), "it hung up in the handshake"),
     (re.compile(r"ALERT_(\w+)"), r"it refuses this certificate: \1"),
 )
 
@@ -66,8 +67,11 @@ def entries(lines: Iterable[str]) -> Iterator[Entry | str]:
         elif not (trace and _CONTINUATION.match(line)):
             yield line
         peer = _PEER.search(line) if reason else None
-        if peer:
+        if peer and _HUNG_UP in reason:
+            yield Entry(logging.INFO, f"{_address(peer['peer'])} hung up in the handshake")
+        elif peer:
             yield Entry(logging.WARNING, f"refused {_address(peer['peer'])}: {_plain(reason)}")
+        if peer:
             reason = ""
 
 

@@ -66,7 +66,10 @@ class NodeServicer:
         Header                 ->
         <-        PROCEED        or ATTACHED: the same program is there, nothing has to travel
         chunk, chunk, ...      ->
+        (end of requests)      ->
         <-        RECEIVED, LOADED, PINNED, ATTACHED
+
+        LOADED and PINNED are left out where the programs of a limiter that is there are replaced in place.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

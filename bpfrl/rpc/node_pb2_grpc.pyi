@@ -56,7 +56,10 @@ class NodeStub:
       Header                 ->
                              <-        PROCEED        or ATTACHED: the same program is there, nothing has to travel
       chunk, chunk, ...      ->
+      (end of requests)      ->
                              <-        RECEIVED, LOADED, PINNED, ATTACHED
+
+    LOADED and PINNED are left out where the programs of a limiter that is there are replaced in place.
     """
     Update: _grpc.UnaryUnaryMultiCallable[_node_pb2.UpdateRequest, _node_pb2.Done]
     """Changes the limits of a pod that has a limiter, without a gap."""
@@ -75,7 +78,10 @@ class NodeAsyncStub(NodeStub):
       Header                 ->
                              <-        PROCEED        or ATTACHED: the same program is there, nothing has to travel
       chunk, chunk, ...      ->
+      (end of requests)      ->
                              <-        RECEIVED, LOADED, PINNED, ATTACHED
+
+    LOADED and PINNED are left out where the programs of a limiter that is there are replaced in place.
     """
     Update: _aio.UnaryUnaryMultiCallable[_node_pb2.UpdateRequest, _node_pb2.Done]  # type: ignore[assignment]
     """Changes the limits of a pod that has a limiter, without a gap."""
@@ -97,7 +103,10 @@ class NodeServicer(metaclass=_abc_1.ABCMeta):
           Header                 ->
                                  <-        PROCEED        or ATTACHED: the same program is there, nothing has to travel
           chunk, chunk, ...      ->
+          (end of requests)      ->
                                  <-        RECEIVED, LOADED, PINNED, ATTACHED
+
+        LOADED and PINNED are left out where the programs of a limiter that is there are replaced in place.
         """
 
     @_abc_1.abstractmethod

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
 from threading import Lock
@@ -35,6 +36,9 @@ CERTIFICATE_FILE: Final = "tls.crt"
 KEY_FILE: Final = "tls.key"
 # How often a master sees whether a silent node is still there.
 KEEPALIVE_SECONDS: Final = 30
+# A certificate with less of its time left than this is to be made anew.
+RENEWAL_SHARE: Final = 1 / 3
+_REMINDER_SECONDS: Final = 86_400.0
 _FILES: Final = (AUTHORITY_FILE, CERTIFICATE_FILE, KEY_FILE)
 _HOW: Final = "bpfrl certs init DIR makes certificates"
 
@@ -64,6 +68,7 @@ class Certificates:
         self.folder = folder
         self._role = role
         self._lock = Lock()  # gRPC asks from threads of its own
+        self._remind_at = 0.0
         self._signature = self._sign()
         self._bundle = self._read()
 
@@ -78,7 +83,16 @@ class Certificates:
                     log.info("read the changed certificates in %s", self.folder)
             except CertificateError as error:
                 log.warning("going on with the certificates read before: %s", error)
+            self._remind()
             return self._bundle
+
+    def _remind(self) -> None:
+        """Say once a day that the certificate is about to expire, or has."""
+        left, now = self._expires - datetime.now(UTC), time.monotonic()
+        if left < self._validity * RENEWAL_SHARE and now >= self._remind_at:
+            self._remind_at = now + _REMINDER_SECONDS
+            words = "has expired" if left < timedelta(0) else "is about to expire"
+            log.warning("%s %s: %s", self.folder / CERTIFICATE_FILE, words, self._expires)
 
     def _sign(self) -> _Signature:
         try:
@@ -107,8 +121,8 @@ class Certificates:
                 f"{self.folder / CERTIFICATE_FILE} is for {', '.join(roles) or 'nothing'}:"
                 f" it must have the DNS name {self._role}"
             )
-        if certificate.not_valid_after_utc <= datetime.now(UTC):
-            log.warning("%s has expired: %s", self.folder / CERTIFICATE_FILE, certificate.not_valid_after_utc)
+        self._expires = certificate.not_valid_after_utc
+        self._validity = self._expires - certificate.not_valid_before_utc
         return bundle
 
 

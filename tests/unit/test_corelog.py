@@ -78,7 +78,6 @@ WORDS = {
     f"{SSL}WRONG_VERSION_NUMBER: OK": "it does not speak TLS",
     f"{SSL}HTTP_REQUEST: OK": "it does not speak TLS",
     f"{SSL}TLSV1_ALERT_UNKNOWN_CA: OK": "it refuses this certificate: UNKNOWN CA",
-    "UNAVAILABLE: Handshake read failed (Socket closed)": "it hung up in the handshake",
     f"{SSL}SOMETHING_NEW: OK": f"{SSL}SOMETHING_NEW",
 }
 

@@ -109,7 +109,7 @@ USAGE_ERRORS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "master: no port": (("serve-master", "--insecure", "--node-port", "0"), "'--node-port': 0 is not in the range"),
     "master: no such port": (("serve-master", "--insecure", "--node-port", "65536"), "65536 is not in the range"),
-    "master: asks without end": (("serve-master", "--insecure", "--resync", "0.5"), "'--resync': 0.5 is not in the"),
+    "master: asks without end": (("serve-master", "--insecure", "--resync", "0"), "'--resync': 0 is not in the"),
     "master: a lease of no time": (("serve-master", "--insecure", "--lease-duration", "2"), "'--lease-duration': 2 is"),
 }
 

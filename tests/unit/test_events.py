@@ -136,9 +136,20 @@ def test_another_thing_is_told_at_once(caplog: pytest.LogCaptureFixture) -> None
         (POD, Reason.INVALID, "told"),
         (POD, Reason.FAILED, "told otherwise"),
     ]
-    for each in different * 2:
+    for each in different:
+        recorder.tell(*each)
         recorder.tell(*each)
     assert len(caplog.records) == len(different)
+
+
+def test_a_state_that_comes_back_is_told_again(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    recorder = Recorder(None, "master-0")
+    for message in ("1mbit", "2mbit", "1mbit", "1mbit"):
+        recorder.tell(POD, Reason.LIMITED, message)
+    recorder.tell(POD, Reason.FAILED, "no")
+    recorder.tell(POD, Reason.LIMITED, "1mbit")
+    assert [message.rpartition(" ")[2] for message in messages(caplog)] == ["1mbit", "2mbit", "1mbit", "no", "1mbit"]
 
 
 def test_what_was_told_last_is_remembered_longest(
@@ -161,7 +172,7 @@ def test_only_so_much_is_remembered(monkeypatch: pytest.MonkeyPatch, caplog: pyt
     # 1 was forgotten when 4 came, for it was told before 2 and 3.
     told = [re.findall(r"cart-(\d)", message)[0] for message in messages(caplog)]
     assert told == ["1", "2", "3", "4", "5", "1"]
-    assert len(recorder._told) == 3
+    assert len(recorder._last) == 3
 
 
 # Events.

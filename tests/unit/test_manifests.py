@@ -73,8 +73,15 @@ def test_files_may_hold_several_pods_in_yaml_and_json(folder: Folder) -> None:
     folder.write("a.yaml", "---\n" + text(1) + "---\n" + text(2) + "---\n---\n# nothing\n")
     folder.write("b.yml", text(3))
     folder.write("c.json", json.dumps(yaml.safe_load(text(4))))
-    folder.write("d.yaml", "")
     assert folder.look() == ([uid_of(number) for number in (1, 2, 3, 4)], True)
+
+
+@pytest.mark.parametrize("content", ["", "# nothing\n", "---\n---\n"])
+def test_a_file_that_is_empty_for_a_moment_counts_as_it_did(folder: Folder, content: str) -> None:
+    folder.write("a.yaml", text(1))
+    folder.look()
+    folder.write("a.yaml", content)
+    assert folder.look() == ([uid_of(1)], True)
 
 
 def test_other_files_are_none_of_its_business(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:

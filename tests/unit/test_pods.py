@@ -132,7 +132,7 @@ def test_all_else_of_a_pod_is_skipped_however_much_it_is() -> None:
     pod = raw({"managedFields": big, "ownerReferences": None}, {"conditions": big}, {"containers": big})
     assert read(pod) == read(raw())
     assert set(msgspec.to_builtins(pod)["metadata"]) == {
-        *("name", "namespace", "uid", "resourceVersion", "annotations", "labels")
+        *("name", "namespace", "uid", "resourceVersion", "creationTimestamp", "annotations", "labels")
     }
 
 
