@@ -1187,7 +1187,7 @@ def test_a_second_daemon_at_the_same_place_is_one_line(bed: Lab, pki: Path) -> N
         place = f"127.0.0.1:{node.port}"
         for _ in range(3):
             second = bed.bpfrl("serve-node", "--listen", place, "--certs", str(pki / "node"), check=False)
-            told = f"bpfrl: cannot listen on {place}: is another process listening there?\n"
+            told = f"bpfrl: cannot listen on {place}: another process does, or the address is none of this machine's\n"
             assert (second.returncode, second.stdout, second.stderr) == (1, "", told)
         assert node.attach(bed.pod_uid) is Change.ATTACHED
 
