@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from bench.lab import BPFRL
+from bench.lab import BPFRL, in_namespace, remove_cgroups, run
 from bpfrl import cgroup
 
 CONTROL_ADDRESS: Final = "10.78.0.1"
@@ -131,7 +131,7 @@ class Node:
 
     def end_pod(self, uid: str) -> None:
         """Remove a pod's cgroup."""
-        _remove_cgroups(self.pods.pop(uid))
+        remove_cgroups(self.pods.pop(uid))
 
     def in_pod(self, uid: str, *command: str) -> list[str]:
         """The command line that runs a command as a process of a pod, in the network namespace that is here."""
@@ -143,11 +143,11 @@ class Node:
 
     def connect(self) -> None:
         """Plug its network cable in."""
-        _run("ip", "-n", self.namespace, "link", "set", "eth0", "up")
+        run("ip", "-n", self.namespace, "link", "set", "eth0", "up")
 
     def disconnect(self) -> None:
         """Pull its network cable: nothing is refused, and nothing answers."""
-        _run("ip", "-n", self.namespace, "link", "set", "eth0", "down")
+        run("ip", "-n", self.namespace, "link", "set", "eth0", "down")
 
     def limits(self) -> dict[str, tuple[int, int]]:
         """What is in force here by UID, as (egress, ingress) in bit/s with 0 for none, as bpfrl list tells it.
@@ -228,14 +228,14 @@ def fleet(count: int = 1) -> Iterator[Fleet]:
     with contextlib.ExitStack() as undo:
         folder = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix=tag)))
         bed = Fleet(tag, folder, [])
-        _run(BPFRL, "certs", "init", str(bed.certificates))
+        run(BPFRL, "certs", "init", str(bed.certificates))
         _add_namespace(tag, undo)
-        _run("ip", "-n", tag, "link", "add", "bridge", "type", "bridge")
-        _run("ip", "-n", tag, "address", "add", f"{CONTROL_ADDRESS}/24", "dev", "bridge")
-        _run("ip", "-n", tag, "link", "set", "bridge", "up")
+        run("ip", "-n", tag, "link", "add", "bridge", "type", "bridge")
+        run("ip", "-n", tag, "address", "add", f"{CONTROL_ADDRESS}/24", "dev", "bridge")
+        run("ip", "-n", tag, "link", "set", "bridge", "up")
         root = cgroup.mount_point() / tag
         root.mkdir()
-        undo.callback(_remove_cgroups, root)
+        undo.callback(remove_cgroups, root)
         for number in range(count):
             bed.nodes.append(_add_node(bed, number, root, undo))
         undo.callback(bed.stop)
@@ -260,24 +260,19 @@ def wait_for(condition: Callable[[], bool], seconds: float, what: Callable[[], A
     return time.monotonic() - start
 
 
-def in_namespace(namespace: str, *command: str) -> list[str]:
-    """The command line that runs a command in a network namespace, with the cgroups that are here."""
-    return ["nsenter", f"--net=/run/netns/{namespace}", *command]
-
-
 def _add_node(bed: Fleet, number: int, root: Path, undo: contextlib.ExitStack) -> Node:
     name = f"node-{number}"
     namespace, address = f"{bed.tag}-{name}", _NODE_ADDRESS.format(_FIRST_NODE + number)
     _add_namespace(namespace, undo)
     ends = ("link", "add", f"node{number}", "netns", bed.tag, "type", "veth", "peer", "name", "eth0")
-    _run("ip", *ends, "netns", namespace)
-    _run("ip", "-n", bed.tag, "link", "set", f"node{number}", "master", "bridge", "up")
-    _run("ip", "-n", namespace, "address", "add", f"{address}/24", "dev", "eth0")
-    _run("ip", "-n", namespace, "link", "set", "eth0", "up")
+    run("ip", *ends, "netns", namespace)
+    run("ip", "-n", bed.tag, "link", "set", f"node{number}", "master", "bridge", "up")
+    run("ip", "-n", namespace, "address", "add", f"{address}/24", "dev", "eth0")
+    run("ip", "-n", namespace, "link", "set", "eth0", "up")
     bpffs = bed.folder / name
     bpffs.mkdir()
-    _run("mount", "-t", "bpf", "bpf", str(bpffs))
-    undo.callback(_run, "umount", str(bpffs))
+    run("mount", "-t", "bpf", "bpf", str(bpffs))
+    undo.callback(run, "umount", str(bpffs))
     cgroup_root = root / name
     cgroup_root.mkdir()
     environment = os.environ | {"BPFRL_BPFFS": str(bpffs), "BPFRL_CGROUP_ROOT": str(cgroup_root)}
@@ -287,29 +282,11 @@ def _add_node(bed: Fleet, number: int, root: Path, undo: contextlib.ExitStack) -
 
 
 def _add_namespace(name: str, undo: contextlib.ExitStack) -> None:
-    _run("ip", "netns", "add", name)
-    undo.callback(_run, "ip", "netns", "del", name)
-    _run("ip", "-n", name, "link", "set", "lo", "up")
+    run("ip", "netns", "add", name)
+    undo.callback(run, "ip", "netns", "del", name)
+    run("ip", "-n", name, "link", "set", "lo", "up")
 
 
 def _rates(item: dict[str, Any]) -> tuple[int, int]:
     egress, ingress = (item[direction]["limit_bits_per_second"] or 0 for direction in ("egress", "ingress"))
     return egress, ingress
-
-
-def _remove_cgroups(root: Path) -> None:
-    # Processes that were just ended leave their cgroup a moment later.
-    deadline = time.monotonic() + _STOP_SECONDS
-    for folder, _, _ in os.walk(root, topdown=False):
-        while True:
-            try:
-                Path(folder).rmdir()
-                break
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(_POLL_SECONDS)
-
-
-def _run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True)

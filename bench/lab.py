@@ -56,11 +56,11 @@ class Lab:
     def in_pod(self, *command: str) -> list[str]:
         """The command line that runs a command as a process of the pod."""
         join = ["sh", "-c", _JOIN, "sh", str(self.pod_cgroup / "container"), *command]
-        return _in_namespace(self.pod_namespace, *join)
+        return in_namespace(self.pod_namespace, *join)
 
     def in_peer(self, *command: str) -> list[str]:
         """The command line that runs a command on the other end of the veth."""
-        return _in_namespace(self.peer_namespace, *command)
+        return in_namespace(self.peer_namespace, *command)
 
     def bpfrl(self, *arguments: str, timeout: float = 30, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run the installed command on this lab's bpffs and cgroups."""
@@ -177,13 +177,13 @@ def lab(mtu: int = 1500) -> Iterator[Lab]:
     bed = Lab(pod_uid, cgroup_root, pod_cgroup, Path(tempfile.mkdtemp(prefix=tag)), f"{tag}-pod", f"{tag}-peer")
     with contextlib.ExitStack() as undo:
         undo.callback(bed.bpffs.rmdir)
-        _run("mount", "-t", "bpf", "bpf", str(bed.bpffs))
-        undo.callback(_run, "umount", str(bed.bpffs))
+        run("mount", "-t", "bpf", "bpf", str(bed.bpffs))
+        undo.callback(run, "umount", str(bed.bpffs))
         (pod_cgroup / "container").mkdir(parents=True)
-        undo.callback(_remove_cgroups, cgroup_root)
+        undo.callback(remove_cgroups, cgroup_root)
         for namespace in (bed.pod_namespace, bed.peer_namespace):
-            _run("ip", "netns", "add", namespace)
-            undo.callback(_run, "ip", "netns", "del", namespace)
+            run("ip", "netns", "add", namespace)
+            undo.callback(run, "ip", "netns", "del", namespace)
         _connect(bed, mtu)
         undo.callback(bed.stop)
         yield bed
@@ -192,18 +192,18 @@ def lab(mtu: int = 1500) -> Iterator[Lab]:
 def _connect(bed: Lab, mtu: int) -> None:
     pod, peer = bed.pod_namespace, bed.peer_namespace
     veth = ("link", "add", "eth0", "mtu", str(mtu), "netns", pod, "type", "veth")
-    _run("ip", *veth, "peer", "name", "eth0", "mtu", str(mtu), "netns", peer)
+    run("ip", *veth, "peer", "name", "eth0", "mtu", str(mtu), "netns", peer)
     ends = ((pod, POD_ADDRESS, POD_ADDRESS_6), (peer, PEER_ADDRESS, PEER_ADDRESS_6))
     for namespace, address, address_6 in ends:
-        _run("ip", "-n", namespace, "address", "add", f"{address}/24", "dev", "eth0")
-        _run("ip", "-n", namespace, "address", "add", f"{address_6}/64", "dev", "eth0", "nodad")
+        run("ip", "-n", namespace, "address", "add", f"{address}/24", "dev", "eth0")
+        run("ip", "-n", namespace, "address", "add", f"{address_6}/64", "dev", "eth0", "nodad")
         for device in ("lo", "eth0"):
-            _run("ip", "-n", namespace, "link", "set", device, "up")
+            run("ip", "-n", namespace, "link", "set", device, "up")
 
 
 def wait_for_listener(namespace: str, port: int) -> None:
     """Return when something listens on a TCP port of a namespace."""
-    command = _in_namespace(namespace, "ss", "-Hltn", f"sport = :{port}")
+    command = in_namespace(namespace, "ss", "-Hltn", f"sport = :{port}")
     deadline = time.monotonic() + _START_SECONDS
     while not subprocess.run(command, capture_output=True, check=True).stdout:
         if time.monotonic() > deadline:
@@ -211,12 +211,14 @@ def wait_for_listener(namespace: str, port: int) -> None:
         time.sleep(0.02)
 
 
-def _in_namespace(namespace: str, *command: str) -> list[str]:
+def in_namespace(namespace: str, *command: str) -> list[str]:
+    """The command line that runs a command in a network namespace, with the cgroups that are here."""
     # Not `ip netns exec`: it mounts a new /sys, in which there are no cgroups.
     return ["nsenter", f"--net=/run/netns/{namespace}", *command]
 
 
-def _remove_cgroups(root: Path) -> None:
+def remove_cgroups(root: Path) -> None:
+    """Remove a cgroup and those below it."""
     # Processes that were just ended leave their cgroup a moment later.
     deadline = time.monotonic() + _STOP_SECONDS
     for folder, _, _ in os.walk(root, topdown=False):
@@ -230,5 +232,10 @@ def _remove_cgroups(root: Path) -> None:
                 time.sleep(0.02)
 
 
-def _run(*command: str) -> None:
+def run(*command: str) -> None:
+    """Run a command that has nothing to say.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+    """
     subprocess.run(command, check=True, capture_output=True)

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from bench.fleet import Daemon, Fleet, in_namespace, wait_for
+from bench.fleet import Daemon, Fleet, wait_for
 from bench.kubeapi import Api
+from bench.lab import in_namespace
 from tests.e2e.conftest import BURST, EGRESS, INGRESS, MBIT, RATE, SECONDS, Cluster, Pod, await_acting
 
 MIRROR = "kubernetes.io/config.mirror"

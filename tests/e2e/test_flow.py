@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from bench.fleet import Fleet, Node, in_namespace
+from bench.fleet import Fleet, Node
 from bench.kubeapi import Api, RealApi
-from bench.lab import wait_for_listener
+from bench.lab import in_namespace, wait_for_listener
 from tests.e2e.conftest import EGRESS, MBIT, SECONDS, Cluster, Pod, await_acting
 
 POD_ADDRESS = "10.79.0.2"

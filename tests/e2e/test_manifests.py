@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bench.fleet import NODE_PORT, Daemon, Fleet, Node, in_namespace, wait_for
-from bench.lab import BPFRL
+from bench.fleet import NODE_PORT, Daemon, Fleet, Node, wait_for
+from bench.lab import BPFRL, in_namespace
 from tests.e2e.conftest import EGRESS, INGRESS, MBIT, SECONDS, Pod, await_acting, converge
 
 BROKEN = "kind: Pod\nmetadata: [this is not closed\n"

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from bench.fleet import NODE_PORT, Daemon, Node, in_namespace, wait_for
+from bench.fleet import NODE_PORT, Daemon, Node, wait_for
 from bench.kubeapi import RealApi, StandIn
-from bench.lab import BPFRL
+from bench.lab import BPFRL, in_namespace
 from bpfrl.rpc import authority, tls
 from tests.e2e.conftest import EGRESS, INGRESS, MBIT, SECONDS, Cluster, Pod, await_acting, converge
 
