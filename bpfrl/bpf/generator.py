@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import tempfile
 from ctypes import Structure, sizeof
-from functools import cache, lru_cache
+from functools import cache
 from importlib import resources
 from io import BytesIO
 from pathlib import Path
@@ -100,9 +100,8 @@ def relabel(image: bytes, contents: Contents, pod: PodRef) -> bytes:
     return bytes(changed)
 
 
-@lru_cache(maxsize=8)  # a node looks at what it has received, and then again to attach it
 def inspect(image: bytes) -> Contents:
-    """Read back what :func:`generate` wrote; not to be changed.
+    """Read back what :func:`generate` wrote.
 
     Raises:
         InvalidObjectError: the bytes are no limiter of this layout.

@@ -185,7 +185,6 @@ class Controller:
         self._settle(pod.ref.uid, before or "", lives=False)
         if address:
             self._waiting.get(pod.node, set()).discard(pod.uid)
-            self._worker(address)
         else:
             self._waiting.setdefault(pod.node, set()).add(pod.uid)
 
