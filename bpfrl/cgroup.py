@@ -90,6 +90,11 @@ class CgroupTree:
             )
         return found[0]
 
+    def tops(self) -> list[Path]:
+        """The folders that hold all pods: ``kubepods.slice`` or its like, mostly one."""
+        parents = list(_parents(self.root))
+        return [folder for folder in parents if folder.parent not in parents]
+
     def survey_due(self) -> bool:
         """True when it is worth it to walk the tree again, whoever has done so last."""
         return time.monotonic() - self._surveyed_at >= _SURVEY_SECONDS

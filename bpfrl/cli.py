@@ -292,6 +292,11 @@ def _write(output: Path, image: bytes) -> None:
     help="Wait as long for a pod whose cgroup is not there yet.",
 )
 @click.option("--dry-run", is_flag=True, help="Find the cgroup and say what would be done, and change nothing.")
+@click.option(
+    "--cooperate",
+    is_flag=True,
+    help="With --cgroup, the one that holds all pods: no limit, but its senders keep to what limited receivers ask for.",
+)
 @click.pass_obj
 def attach(
     node: _Node,
@@ -301,12 +306,22 @@ def attach(
     file: BinaryIO | None,
     wait: float,
     dry_run: bool,
+    cooperate: bool,
 ) -> None:
     """Limit a pod, or change the limits of one that has some.
 
     Finds the pod's cgroup whatever the kubelet's cgroup driver and the pod's QoS class. New limits
     replace the present ones in place: there is no moment without a limit, connections go on, and the counters too.
+
+    With --cooperate, limited pods below the cgroup tell their senders how fast to send, in a TCP option on ACKs, and pods
+    that send keep to what they are told. bpfrl serve-node sees to this by itself.
     """
+    if cooperate:
+        if path is None or pod or file or limits != Limits() or dry_run:
+            raise click.UsageError("--cooperate goes with --cgroup, the one that holds all pods, and nothing else")
+        attached = node.agent().cooperate(cgroup.check(path))
+        click.echo(f"{path} {'cooperates' if attached else 'unchanged'}")
+        return
     image = None
     if file is None:
         _limiting(limits)
@@ -345,12 +360,19 @@ def _limitable(path: Path) -> Path:
 @click.option("--pod-uid", "uids", type=_UID, multiple=True, help="This pod, as bpfrl list shows it. Repeatable.")
 @click.option("--cgroup", "path", type=_FOLDER, help="This cgroup.")
 @click.option("--all", "everything", is_flag=True, help="Every limiter on this node.")
+@click.option("--cooperate", is_flag=True, help="With --cgroup: what attach --cooperate did there.")
 @click.pass_obj
-def detach(node: _Node, uids: tuple[str, ...], path: Path | None, everything: bool) -> None:
+def detach(node: _Node, uids: tuple[str, ...], path: Path | None, everything: bool, cooperate: bool) -> None:
     """Take the limit off a pod, and leave nothing of it behind.
 
     Connections go on at full speed. A pod that has no limit is no error.
     """
+    if cooperate:
+        if path is None or uids or everything:
+            raise click.UsageError("--cooperate goes with --cgroup, as at bpfrl attach, and nothing else")
+        detached = node.agent().stop_cooperating(cgroup.id_of(cgroup.check(path)))
+        click.echo(f"{path} {'cooperates no more' if detached else 'does not cooperate'}")
+        return
     if sum((bool(uids), path is not None, everything)) != 1:
         raise click.UsageError("which pod? use one of --pod-uid UID, --cgroup PATH and --all")
     agent = node.agent()
@@ -511,9 +533,15 @@ def _serve(daemon: Coroutine[Any, Any, None], context: click.Context) -> None:
     metavar="HOST:PORT",
     help="Where to listen; without a host, on every address.",
 )
+@click.option(
+    "--cooperate/--no-cooperate",
+    default=True,
+    show_default=True,
+    help="Have pods that send keep to what limited receivers ask for, on this node and others.",
+)
 @_daemon_options
 @click.pass_context
-def serve_node(context: click.Context, listen: str, certs: Path | None, insecure: bool) -> None:
+def serve_node(context: click.Context, listen: str, cooperate: bool, certs: Path | None, insecure: bool) -> None:
     """Let a master limit this node's pods.
 
     Runs on every node, as root, until SIGTERM. Limits are pinned in the kernel: they stay in force when this process
@@ -529,7 +557,7 @@ def serve_node(context: click.Context, listen: str, certs: Path | None, insecure
     certificates = _certificates(certs, tls.NODE, insecure=insecure)
     if insecure and not tls.is_loopback(listen.rpartition(":")[0].strip("[]")):
         raise click.UsageError("--insecure is for loopback only: use --listen 127.0.0.1:PORT, or --certs DIR")
-    _serve(daemon.serve(node.agent(), node.tree(), listen, certificates), context)
+    _serve(daemon.serve(node.agent(), node.tree(), listen, certificates, cooperate=cooperate), context)
 
 
 @cli.command("serve-master")

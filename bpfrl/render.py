@@ -81,6 +81,7 @@ _LISTED: Final = (
 )
 _WATCHED: Final = (*_POD, _EGRESS, _SENDING, _INGRESS, _RECEIVING, _DROPPING)
 _WIDE: Final = (
+    _Column("PACED", lambda row: "all" if row.status.adopted else "new", right=False),
     _Column("BURST", lambda row: format_size(row.status.limits.burst) if row.status.limits.burst else "default"),
     _Column("CGROUP", lambda row: str(row.cgroup or "gone"), right=False),
 )
@@ -92,7 +93,7 @@ def table(rows: Sequence[Row], broken: Sequence[Broken], *, wide: bool = False, 
     Args:
         rows: the limiters.
         broken: the folders that should be limiters.
-        wide: with burst and cgroup.
+        wide: with which connections are paced, burst and cgroup.
         rates: with what passes now in the place of what has passed so far.
     """
     columns = (*(_WATCHED if rates else _LISTED), *(_WIDE if wide else ()))
@@ -180,6 +181,7 @@ def _item(row: Row) -> dict[str, Any]:
         "egress": _direction(status.limits.egress, status.egress),
         "ingress": _direction(status.limits.ingress, status.ingress),
         "burst_bytes": status.limits.burst,
+        "paced": "all" if status.adopted else "new",
         "cgroup_id": status.cgroup_id or None,
         "cgroup": str(row.cgroup) if row.cgroup else None,
         "attached_at": round(status.attached_at, 3),

@@ -13,10 +13,12 @@
 
 #define NSEC_PER_SEC 1000000000ULL
 #define USEC_PER_SEC 1000000ULL
+#define NSEC_PER_USEC 1000ULL
 
 #define SOL_SOCKET 1
 #define SOL_TCP 6
 #define SO_MAX_PACING_RATE 47
+#define TCP_WINDOW_CLAMP 10
 
 #define READ_ONCE(x) (*(volatile typeof(x) *)&(x))
 #define WRITE_ONCE(x, value) (*(volatile typeof(x) *)&(x) = (value))

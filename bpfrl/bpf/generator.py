@@ -93,10 +93,10 @@ def generate(pod: PodRef | None, limits: Limits) -> bytes:
     return bytes(image)
 
 
-def relabel(image: bytes, contents: Contents, pod: PodRef) -> bytes:
-    """The same object, whose contents :func:`inspect` has found, for this pod."""
+def relabel(image: bytes, contents: Contents, pod: PodRef, cgroup_id: int) -> bytes:
+    """The same object, whose contents :func:`inspect` has found, for this pod and its cgroup."""
     changed = bytearray(image)
-    _write(changed, contents.identity_at, _identity(pod, contents.build))
+    _write(changed, contents.identity_at, _identity(pod, contents.build, cgroup_id))
     return bytes(changed)
 
 
@@ -232,9 +232,9 @@ def _run(command: list[str]) -> None:
         raise CompilerError(f"{Path(command[0]).name} failed (is libbpf-dev installed?): {reason}")
 
 
-def _identity(pod: PodRef | None, build: bytes) -> IdentityData:
+def _identity(pod: PodRef | None, build: bytes, cgroup_id: int = 0) -> IdentityData:
     names = (part.encode() for part in (pod.uid, pod.namespace, pod.name)) if pod else ()
-    return IdentityData(LAYOUT, *names, build=tuple(build))
+    return IdentityData(LAYOUT, *names, build=tuple(build), cgroup=cgroup_id)
 
 
 def _write(image: bytearray, place: int, data: Structure) -> None:

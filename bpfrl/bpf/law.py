@@ -15,11 +15,17 @@ from bpfrl.units import Rate
 NSEC_PER_SEC: Final = 10**9
 _MS: Final = 10**6
 
-# The backlog, ns, at which a lone flow's fair rate equals the limit. Small, because every socket sees the
+# The backlog, ns, at which a lone flow's fair rate equals the limit. Small on egress, because every socket sees the
 # backlog before each segment: one ms is some segments at any rate that paces at all.
-D0_NS: Final = 1 * _MS
+EGRESS_D0_NS: Final = 1 * _MS
 # At low rates one packet is more than D0 of backlog; then flows share as if each kept Q2 byte in it.
-Q2_BYTES: Final = 3000
+EGRESS_Q2_BYTES: Final = 3000
+# A sender elsewhere learns of the backlog a round trip later, so D0 must be about the longest of those; and it must be
+# one constant for the pod, or else the flow with the longer round trip takes everything.
+INGRESS_D0_NS: Final = 80 * _MS
+INGRESS_Q2_BYTES: Final = 3000
+# Backlog below which no sender is paused: what a lone flow needs to be at its limit, and a little more.
+INGRESS_SHARE_NS: Final = 100 * _MS
 # A flow may send faster than the limit while there is no backlog, or the limit would never be reached.
 FAIR_CAP_PERCENT: Final = 125
 # Credit that an idle pod keeps. 16 KB lets a first exchange pass unhindered (10 segments of a new connection);
@@ -57,13 +63,8 @@ def egress(rate: Rate | None, burst: int | None) -> LimitData:
     longest = min(time_of(EGRESS_DROP_BYTES, rate), EGRESS_DROP_LONGEST_NS)
     data = _clock(rate, burst, drop_ns=max(EGRESS_DROP_NS, longest))
     data.fresh_ns = max(EGRESS_DROP_NS, time_of(DROP_LEAST_BYTES, rate))
-    data.share_ns = max(D0_NS, time_of(SHARE_BYTES, rate))
-    data.rate = min(rate.bits // 8, _FAIR_RATE_CEILING)
-    data.fair_cap = data.rate * FAIR_CAP_PERCENT // 100
-    data.fair_d0 = D0_NS << RATIO_SHIFT
-    data.fair_q2 = Q2_BYTES * NSEC_PER_SEC // D0_NS
-    # Where the larger of the two branches falls below the cap: C (D0/D)^2 = cap, or Q2/D = cap.
-    data.fair_onset_ns = max(int(D0_NS * (100 / FAIR_CAP_PERCENT) ** 0.5), Q2_BYTES * NSEC_PER_SEC // data.fair_cap)
+    data.share_ns = max(EGRESS_D0_NS, time_of(SHARE_BYTES, rate))
+    _share(data, rate, EGRESS_D0_NS, EGRESS_Q2_BYTES, steep=False)
     return data
 
 
@@ -71,7 +72,11 @@ def ingress(rate: Rate | None, burst: int | None) -> LimitData:
     """The ingress program's numbers for a rate and a burst in byte (None: the default burst)."""
     if rate is None:
         return LimitData()
-    return _clock(rate, burst, drop_ns=INGRESS_DROP_NS)
+    data = _clock(rate, burst, drop_ns=INGRESS_DROP_NS)
+    data.share_ns = INGRESS_SHARE_NS
+    # The fourth power: the backlog of 64 flows is then still below the drops.
+    _share(data, rate, INGRESS_D0_NS, INGRESS_Q2_BYTES, steep=True)
+    return data
 
 
 def time_of(size: int, rate: Rate) -> int:
@@ -93,6 +98,17 @@ def _clock(rate: Rate, burst: int | None, drop_ns: int) -> LimitData:
         drop_ns=drop_ns,
         drop_short_ns=drop_ns * DROP_SHORT_PERCENT // 100,
     )
+
+
+def _share(data: LimitData, rate: Rate, d0_ns: int, q2_bytes: int, *, steep: bool) -> None:
+    """Fill in the constants of the fair rate."""
+    data.rate = min(rate.bits // 8, _FAIR_RATE_CEILING)
+    data.fair_cap = data.rate * FAIR_CAP_PERCENT // 100
+    data.fair_d0 = d0_ns << RATIO_SHIFT
+    data.fair_q2 = q2_bytes * NSEC_PER_SEC // d0_ns
+    # Where the larger of the two branches falls below the cap: C (D0/D)^2 = cap, or Q2/D = cap.
+    data.fair_onset_ns = max(int(d0_ns * (100 / FAIR_CAP_PERCENT) ** 0.5), q2_bytes * NSEC_PER_SEC // data.fair_cap)
+    data.fair_steep = steep
 
 
 def _cost(rate: Rate) -> int:

@@ -9,12 +9,12 @@ from ctypes import Structure, c_char, c_int64, c_uint8, c_uint32, c_uint64
 from dataclasses import dataclass
 from typing import Final, Self
 
-LAYOUT: Final = 1
+LAYOUT: Final = 2
 SHIFT_BITS: Final = 6
 RATIO_SHIFT: Final = 24
 # What only the programs read: the clocks with their mean, and struct bpfrl_socket.
-STATE_BYTES: Final = 136
-SOCKET_BYTES: Final = 16
+STATE_BYTES: Final = 128
+SOCKET_BYTES: Final = 88
 EGRESS: Final = 0
 INGRESS: Final = 1
 
@@ -24,24 +24,26 @@ class LimitData(Structure):
 
     _fields_ = (
         ("rate_bits", c_uint64),
-        ("rate", c_uint64),
         ("cost", c_uint64),
         ("burst_ns", c_int64),
-        ("share_ns", c_int64),
-        ("fresh_ns", c_int64),
         ("drop_ns", c_int64),
         ("drop_short_ns", c_int64),
         ("fair_onset_ns", c_int64),
         ("fair_cap", c_uint64),
         ("fair_d0", c_uint64),
         ("fair_q2", c_uint64),
+        ("rate", c_uint64),
+        ("fair_steep", c_uint64),
+        ("share_ns", c_int64),
+        ("fresh_ns", c_int64),
+        ("unused", c_uint64 * 3),
     )
 
 
 class LimitsData(Structure):
     """struct bpfrl_limits."""
 
-    _fields_ = (("burst", c_uint64), ("direction", LimitData * 2))
+    _fields_ = (("direction", LimitData * 2), ("burst", c_uint64), ("adopted", c_uint64))
 
 
 class IdentityData(Structure):
@@ -53,6 +55,7 @@ class IdentityData(Structure):
         ("namespace", c_char * 64),
         ("name", c_char * 256),
         ("build", c_uint8 * 32),
+        ("cgroup", c_uint64),
     )
 
 
@@ -65,6 +68,12 @@ class CountersData(Structure):
         ("dropped_packets", c_uint64),
         ("dropped_bytes", c_uint64),
     )
+
+
+class VisitData(Structure):
+    """struct bpfrl_visit (sockets.bpf.c)."""
+
+    _fields_ = (("cgroup", c_uint64), ("callbacks", c_uint64), ("done", c_uint64), ("refused", c_uint64))
 
 
 @dataclass(frozen=True, slots=True)

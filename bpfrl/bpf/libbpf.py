@@ -18,7 +18,20 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
-from ctypes import POINTER, Structure, byref, c_bool, c_char, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import (
+    POINTER,
+    Structure,
+    byref,
+    c_bool,
+    c_char,
+    c_char_p,
+    c_int,
+    c_size_t,
+    c_uint8,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
@@ -137,7 +150,8 @@ class _ProgramInfo(Structure):
     _fields_ = (
         ("type", c_uint32),
         ("id", c_uint32),
-        ("_between", c_uint64 * 7),
+        ("tag", c_uint8 * 8),
+        ("_between", c_uint64 * 6),
         ("name", c_char * 16),
     )
 
@@ -304,6 +318,11 @@ def attached(target: int, kind: AttachType, *, effective: bool) -> dict[int, str
     return found
 
 
+def tag(program: Descriptor) -> bytes:
+    """The kernel's digest of a program's instructions."""
+    return bytes(_info(program, _ProgramInfo).tag)
+
+
 def read(array: Descriptor, index: int, kind: type[Data]) -> Data:
     """The value at an index of an array map."""
     value = kind()
@@ -324,6 +343,12 @@ def write(array: Descriptor, index: int, value: Structure) -> None:
     """Replace the value at an index of an array map."""
     _expect(array, MapType.ARRAY, ctypes.sizeof(value))
     _check(_lib().bpf_map_update_elem(array.number, byref(c_uint32(index)), byref(value), 0), "write a map")
+
+
+def has_shape(descriptor: Descriptor, shape: MapShape) -> bool:
+    """True for a map of a kind, with keys and values of these sizes."""
+    info = _info(descriptor, _MapInfo)
+    return (info.type, info.key_size, info.value_size) == (shape.kind, shape.key_size, shape.value_size)
 
 
 def iterate(program: Descriptor) -> None:

@@ -30,12 +30,9 @@
  * (AF_PACKET) do not pass through cgroup programs at all.
  */
 #include "bpf_helpers.h"
-#include <linux/in.h>
-#include <linux/ip.h>
-#include <linux/ipv6.h>
-#include <linux/tcp.h>
-#include <linux/udp.h>
+#include "clock.h"
 #include "limiter.h"
+#include "packet.h"
 #include "sockets.h"
 
 /* Verdicts of cgroup_skb programs. On egress 0 shows EPERM to the sender;
@@ -44,53 +41,38 @@
 #define EGRESS_DROP 2
 #define INGRESS_DROP 0
 
-/* A packet up to this length, byte, is never the bulk of a transfer. */
-#define SHORT_PACKET 128
-
-/* A packet that is longer than this and no GSO packet leaves in fragments: 1500
- * byte each, in which IPv4 has 1480 and IPv6, with its fragment header, 1448
- * byte of payload. With a larger MTU this charges up to 3 % too much. */
-#define UNFRAGMENTED 1500
-#define FRAGMENT_IPV4 1480
-#define FRAGMENT_IPV6 1448
-#define FRAGMENT_HEADER_IPV6 8
-
 /* An unpaced socket may be ahead of its share by the longer of this time and
  * the time that these bytes take, so that it can send a pair of packets. */
 #define SHARE_TOLERANCE_NS 5000000ULL
 #define SHARE_TOLERANCE_BYTES 6000ULL
 
-/* Fraction bits of a ratio of rates, of which the largest has 50 bits. */
-#define RESCALE_SHIFT 14
+/* A receive window has at least so many segments, or ACKs would wait for more;
+ * and it is less than 16 MB, for which the window scale is 8: windows then are
+ * multiples of 256 byte. */
+#define WINDOW_FLOOR 2
+#define WINDOW_CEILING ((16ULL << 20) - 1)
+/* A change of less than one in this is not worth a new window. */
+#define WINDOW_STEP 8
+/* The least that the kernel lets a window be, SOCK_MIN_RCVBUF / 2 (net/ipv4/tcp.c),
+ * is less than a segment of Ethernet. */
+#define WINDOW_PAUSE 1152
+#define PAUSE_OPTION_BYTES 4
 
-/* Payload in 1500 byte of layer 3, TCP/IPv4 with timestamps: 1448/1500, in
- * 256ths. A pacing rate counts payload, a limit counts packets. */
-#define PAYLOAD_256THS 247
-
-/* Smallest window that keeps fast retransmit alive, segments. */
-#define CWND_FLOOR 4
-/* The window's limit is in the way only below this RTT, where the kernel
- * inflates TSO bursts (tcp_tso_rtt_log); above it is at least CWND_FAR. */
-#define CWND_NEAR_US 4000
-#define CWND_FAR 4096
-#define RTT_CEILING_US 1000000ULL
-#define RTT_SLACK_US 1000
+/* A receiving socket is paused when it is ahead of its share by so much, and saves
+ * up so much: together a persist timer, and less than the drops' backlog. */
+#define SHARE_LEAD_NS 100000000LL
+#define SHARE_CREDIT_NS 140000000LL
+/* Those who follow the fair rate exactly are not to be paused by chance. */
+#define SHARE_PERCENT 125
+/* Keeps a product in 64 bits. */
+#define SHARE_GAIN_CEILING (1ULL << 24)
 
 struct bpfrl_limits limits SEC(".data.limits") = {};
 const volatile struct bpfrl_identity identity SEC(".rodata.identity") = {
 	.layout = BPFRL_LAYOUT,
 };
 
-/* What the programs write, a cache line each. */
-struct clock {
-	__u64 tat;
-	__u64 rate_bits;	/* of the limit under which tat has come about */
-} __cacheline_aligned;
-
 struct clock clocks[BPFRL_DIRECTIONS];
-
-/* Mean fair rate at which segments left, byte/s; a plain racy average. */
-__u64 mean_fair __cacheline_aligned;
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -98,131 +80,6 @@ struct {
 	__type(key, __u32);
 	__type(value, struct bpfrl_counters);
 } counters SEC(".maps");
-
-struct packet {
-	__u64 bytes;	/* at layer 3, with the headers of every segment */
-	__u64 segments;
-	__u8 protocol;
-};
-
-static __always_inline struct packet measure(struct __sk_buff *skb)
-{
-	struct packet packet = { .bytes = skb->len, .segments = 1 };
-	void *data = (void *)(long)skb->data;
-	void *end = (void *)(long)skb->data_end;
-	__u32 network, offset, header, payload;
-	struct iphdr *ip = data;
-
-	if ((void *)(ip + 1) > end)
-		return packet;
-	if (ip->version == 4) {
-		packet.protocol = ip->protocol;
-		network = offset = header = ip->ihl * 4;
-		payload = FRAGMENT_IPV4;
-	} else {
-		__u8 *options = data + sizeof(struct ipv6hdr);
-
-		packet.protocol = ((struct ipv6hdr *)data)->nexthdr;
-		network = offset = sizeof(struct ipv6hdr);
-		header = network + FRAGMENT_HEADER_IPV6;
-		payload = FRAGMENT_IPV6;
-		/* Above 64 KB the length stands in an option, which never leaves the machine. */
-		if (packet.protocol == IPPROTO_HOPOPTS && (void *)(options + 8) <= end) {
-			packet.protocol = options[0];
-			offset += 8;
-		}
-	}
-
-	if (skb->gso_size) {
-		struct tcphdr *tcp = data + offset;
-
-		header = network + sizeof(struct udphdr);
-		if (packet.protocol == IPPROTO_TCP) {
-			header = network + sizeof(*tcp);
-			if ((void *)(tcp + 1) <= end)
-				header = network + tcp->doff * 4;
-		}
-		payload = skb->gso_size;
-		/* Devices that do not trust their peer leave the count to be derived. */
-		packet.segments = skb->gso_segs;
-		if (unlikely(!packet.segments))
-			packet.segments = (packet.bytes - header + payload - 1) / payload;
-	} else if (unlikely(packet.bytes > UNFRAGMENTED && packet.protocol != IPPROTO_TCP)) {
-		packet.segments = (packet.bytes - network + payload - 1) / payload;
-	}
-	if (packet.segments > 1)
-		packet.bytes += (packet.segments - 1) * header;
-	return packet;
-}
-
-/*
- * The limit was changed since the last packet. The backlog keeps its bytes, and
- * so the time that they take becomes another; or else a pod that comes from
- * 1 kbit/s would wait for minutes before its new rate means anything. The one
- * CPU that wins the exchange moves the clock.
- */
-static __always_inline __s64 rescale(struct clock *clock, const struct bpfrl_limit *limit,
-				     __s64 backlog)
-{
-	__u64 old = READ_ONCE(clock->rate_bits), most = limit->drop_ns, scaled, ratio;
-
-	if (__sync_val_compare_and_swap(&clock->rate_bits, old, limit->rate_bits) != old ||
-	    !old || backlog <= 0)
-		return backlog;
-	ratio = (old << RESCALE_SHIFT) / limit->rate_bits;
-	/* Compared as a quotient: the product may leave 64 bits. */
-	if (ratio && (__u64)backlog > (most << RESCALE_SHIFT) / ratio)
-		scaled = most;
-	else
-		scaled = ((__u64)backlog * ratio) >> RESCALE_SHIFT;
-	__sync_fetch_and_add(&clock->tat, scaled - backlog);
-	return scaled;
-}
-
-/* The backlog at `now`. */
-static __always_inline __s64 backlog_at(struct clock *clock, const struct bpfrl_limit *limit,
-					__u64 now)
-{
-	__s64 backlog = READ_ONCE(clock->tat) - now;
-
-	if (unlikely(READ_ONCE(clock->rate_bits) != limit->rate_bits))
-		return rescale(clock, limit, backlog);
-	return backlog;
-}
-
-/* Pull an idle clock up to the burst's credit; the backlog afterwards. */
-static __always_inline __s64 cap_credit(struct clock *clock, const struct bpfrl_limit *limit,
-					__u64 now, __s64 backlog)
-{
-	__s64 credit = -limit->burst_ns;
-
-	if (backlog >= credit)
-		return backlog;
-	__sync_val_compare_and_swap(&clock->tat, now + backlog, now + credit);
-	return credit;
-}
-
-static __always_inline void charge(struct clock *clock, const struct bpfrl_limit *limit,
-				   __u64 bytes)
-{
-	__u64 cost = READ_ONCE(limit->cost);
-	__u64 shift = cost & ((1 << BPFRL_SHIFT_BITS) - 1);
-
-	__sync_fetch_and_add(&clock->tat, (bytes * (cost >> BPFRL_SHIFT_BITS)) >> shift);
-}
-
-/* The rate, byte/s, at which one flow may send while the backlog is D. */
-static __always_inline __u64 fair_rate(const struct bpfrl_limit *limit, __s64 backlog)
-{
-	__u64 ratio, square, harmonic;
-
-	if (backlog <= limit->fair_onset_ns)
-		return limit->fair_cap;
-	ratio = limit->fair_d0 / (__u64)backlog;	/* D0 / D */
-	square = (((limit->rate * ratio) >> BPFRL_RATIO_SHIFT) * ratio) >> BPFRL_RATIO_SHIFT;
-	harmonic = (limit->fair_q2 * ratio) >> BPFRL_RATIO_SHIFT;
-	return max(square, harmonic) + 1;
-}
 
 /* True when a socket that cannot be paced is to lose this packet. */
 static __always_inline bool over_share(struct __sk_buff *skb, const struct bpfrl_limit *limit,
@@ -314,86 +171,173 @@ int bpfrl_ingress(struct __sk_buff *skb)
 	return admit(skb, BPFRL_INGRESS) ? PASS : INGRESS_DROP;
 }
 
-/* The storage of a TCP socket, which remembers what to give back. */
+static __always_inline __u64 fair_now(enum bpfrl_direction direction)
+{
+	const struct bpfrl_limit *limit = &limits.direction[direction];
+
+	return fair_rate(limit, backlog_at(&clocks[direction], limit, bpf_ktime_get_ns()));
+}
+
+/* The storage of a TCP socket, which from now on is this limiter's to set. */
 static __always_inline struct bpfrl_socket *enlist(struct bpf_sock_ops *ops)
 {
-	struct bpf_sock *sk = ops->sk;
-	struct bpfrl_socket *socket;
+	struct bpfrl_socket *socket = socket_of(ops, BPF_SK_STORAGE_GET_F_CREATE);
 
-	if (!sk)
-		return NULL;
-	socket = bpf_sk_storage_get(&sockets, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
-	if (socket && unlikely(!socket->own_pacing)) {
-		/* Before 6.1 the option cannot be read: taken as not set. */
-		if (bpf_getsockopt(ops, SOL_SOCKET, SO_MAX_PACING_RATE, &socket->own_pacing,
-				   sizeof(socket->own_pacing)) ||
-		    !socket->own_pacing)
-			socket->own_pacing = PACING_UNLIMITED;
+	if (socket && unlikely(!socket->owner)) {
+		socket->owner = identity.cgroup;
+		heed_application(ops, socket);
 	}
 	return socket;
 }
 
-static __always_inline void set_pacing(struct bpf_sock_ops *ops,
-				       const struct bpfrl_socket *socket, __u64 rate)
+/* A segment is about to leave. */
+static __always_inline void pace_segment(struct bpf_sock_ops *ops, struct bpfrl_socket *socket)
 {
-	__u32 value;
+	struct clock *clock = &clocks[BPFRL_EGRESS];
+	__u64 fair = fair_now(BPFRL_EGRESS);
+	__u64 mean = READ_ONCE(clock->mean_fair);
 
-	/* The option has 32 bits: above 34 Gbit/s a socket is not paced. */
-	rate = (rate * PAYLOAD_256THS) >> 8;
-	value = min(rate, socket->own_pacing);
-	bpf_setsockopt(ops, SOL_SOCKET, SO_MAX_PACING_RATE, &value, sizeof(value));
+	socket->fair = payload_rate(fair);
+	pace(ops, socket);
+	WRITE_ONCE(clock->mean_fair, mean ? mean - (mean >> 3) + (fair >> 3) : fair);
+}
+
+/* An ACK came. The option lowers a socket's rate at once but raises it only with
+ * the next ACK: a socket caught at a low moment is let up to the mean here. */
+static __always_inline void let_up(struct bpf_sock_ops *ops, struct bpfrl_socket *socket)
+{
+	const struct bpfrl_limit *limit = &limits.direction[BPFRL_EGRESS];
+	__u64 mean = READ_ONCE(clocks[BPFRL_EGRESS].mean_fair);
+	__u64 fair = fair_now(BPFRL_EGRESS);
+
+	fair = max(fair, min(mean + (mean >> 2), limit->fair_cap));
+	heed_application(ops, socket);
+	socket->fair = payload_rate(fair);
+	pace(ops, socket);
+	if (ops->op != BPF_SOCK_OPS_TCP_CONNECT_CB)
+		clamp_cwnd(ops, socket, fair);
+}
+
+/* There is no limit to what the pod sends. */
+static __always_inline void let_go(struct bpf_sock_ops *ops, struct bpfrl_socket *socket)
+{
+	if (!socket->fair)
+		return;
+	socket->fair = 0;
+	release_sender(ops, socket);
 }
 
 /*
- * Below a few ms of RTT, tcp_tso_autosize() makes bursts of up to 64 KB out of
- * any rate. A window of about two round trips keeps them small. The option
- * also writes ssthresh, so it is set only when the window has moved by half.
+ * True when a socket has had more than its share of late: a clock of its own runs
+ * at the fair rate of the mean backlog, and so the pauses of many sockets, and the
+ * saw-tooth that one alone makes, come to the same mean.
  */
-static __always_inline void clamp_window(struct bpf_sock_ops *ops, struct bpfrl_socket *socket,
-					 __u64 rate)
+static __always_inline bool is_ahead(struct bpf_sock_ops *ops, struct bpfrl_socket *socket,
+				     const struct bpfrl_limit *limit, __s64 mean, __u64 now)
 {
-	__u64 rtt_us = min(ops->srtt_us >> 3, RTT_CEILING_US);
-	__u64 mss = ops->mss_cache;
-	__u64 segments;
-	int value;
+	__u64 share = min(fair_rate(limit, mean) * SHARE_PERCENT / 100, limit->rate);
+	__u64 gained = min(ops->bytes_received - socket->received, SHARE_GAIN_CEILING);
+	__u64 tat = socket->share_tat;
 
-	if (!mss)
-		return;
-	segments = rate * (2 * rtt_us + RTT_SLACK_US) / (USEC_PER_SEC * mss);
-	segments = max(segments, rtt_us < CWND_NEAR_US ? CWND_FLOOR : CWND_FAR);
-	if (socket->cwnd && segments <= socket->cwnd + (socket->cwnd >> 1) &&
-	    segments >= socket->cwnd >> 1)
-		return;
-	value = min(segments, CWND_UNLIMITED);
-	if (!bpf_setsockopt(ops, SOL_TCP, TCP_BPF_SNDCWND_CLAMP, &value, sizeof(value)))
-		socket->cwnd = value;
+	socket->received = ops->bytes_received;
+	if (unlikely(!tat)) {
+		/* New, or there before its limiter. */
+		tat = now;
+		gained = 0;
+	}
+	tat = max((__s64)(tat - now), -SHARE_CREDIT_NS) + now;
+	tat += gained * NSEC_PER_SEC / payload_rate(share);
+	tat = min((__s64)(tat - now), 2 * SHARE_LEAD_NS) + now;
+	socket->share_tat = tat;
+	return (__s64)(tat - now) > SHARE_LEAD_NS;
 }
 
-/* There is no egress limit any more: give the socket back what was its own. */
-static __always_inline void release(struct bpf_sock_ops *ops)
+static __always_inline void set_window(struct bpf_sock_ops *ops, struct bpfrl_socket *socket,
+				       __u32 value)
 {
-	struct bpf_sock *sk = ops->sk;
-	struct bpfrl_socket *socket = sk ? bpf_sk_storage_get(&sockets, sk, NULL, 0) : NULL;
-	int cwnd = CWND_UNLIMITED;
+	if (!bpf_setsockopt(ops, SOL_TCP, TCP_WINDOW_CLAMP, &value, sizeof(value)))
+		socket->window = value;
+}
 
-	if (!socket || !socket->own_pacing)
+/*
+ * The window that this socket is about to advertise: what the fair rate brings
+ * in one round trip. Against a sender that knows nothing of the limit it is the
+ * only means that costs no packets. What the kernel or the application has set
+ * meanwhile is the most that it may be.
+ *
+ * Where round trips are short or shares small, no window says so little: two
+ * segments each 50 us are 460 Mbit/s. There a socket that is ahead of its share
+ * advertises less than one segment. Its sender waits for more until its persist
+ * timer ends (RFC 9293, 3.8.6.1; 200 ms in Linux), sends what fits, and finds the window
+ * open again or not: the pause that a lost packet would give, without the loss.
+ */
+static __always_inline void open_window(struct bpf_sock_ops *ops, struct bpfrl_socket *socket)
+{
+	const struct bpfrl_limit *limit = &limits.direction[BPFRL_INGRESS];
+	struct clock *clock = &clocks[BPFRL_INGRESS];
+	__u64 now = bpf_ktime_get_ns();
+	__s64 backlog = backlog_at(clock, limit, now);
+	bool ahead = is_ahead(ops, socket, limit, mean_backlog(clock, backlog, now), now);
+	__u64 rtt_us = min(ops->srtt_us >> 3, RTT_CEILING_US);
+	__u64 least = WINDOW_FLOOR * (__u64)ops->mss_cache;
+	__u64 fair = fair_rate(limit, backlog);
+	__u64 window = fair * (rtt_us + RTT_SLACK_US) / USEC_PER_SEC;
+	__u32 current, value;
+
+	socket->offer = min(fair >> OFFER_SHIFT, 0xffffffffULL);
+	if (!rtt_us || bpf_getsockopt(ops, SOL_TCP, TCP_WINDOW_CLAMP, &current, sizeof(current)))
 		return;
-	bpf_setsockopt(ops, SOL_SOCKET, SO_MAX_PACING_RATE, &socket->own_pacing,
-		       sizeof(socket->own_pacing));
-	bpf_setsockopt(ops, SOL_TCP, TCP_BPF_SNDCWND_CLAMP, &cwnd, sizeof(cwnd));
-	socket->own_pacing = 0;
-	socket->cwnd = 0;
+	if (!socket->window || current != socket->window)
+		socket->own_window = current;
+	if (ahead && backlog > limit->share_ns && (window < least || rtt_us < RTT_SLACK_US)) {
+		set_window(ops, socket, WINDOW_PAUSE);
+		/* Asks for a call when the header has been written: see reopen_window(). */
+		bpf_reserve_hdr_opt(ops, PAUSE_OPTION_BYTES, 0);
+		return;
+	}
+	value = min(min(max(window, least), WINDOW_CEILING), socket->own_window);
+	if (value > current + current / WINDOW_STEP || value < current - current / WINDOW_STEP)
+		set_window(ops, socket, value);
+}
+
+/*
+ * An ACK with a window of less than a segment is written; no option goes with it
+ * but padding. The kernel lets a window grow no faster than data comes in, beginning
+ * with what is allowed when they come: so that what ends the pause can open
+ * the window at once, it is allowed now.
+ */
+static __always_inline void reopen_window(struct bpf_sock_ops *ops)
+{
+	struct bpfrl_socket *socket = socket_of(ops, 0);
+
+	if (socket && socket->window == WINDOW_PAUSE)
+		set_window(ops, socket, WINDOW_FLOOR * ops->mss_cache);
+}
+
+/* A window scale (RFC 7323) at which a window of less than one segment can be said. */
+static __always_inline void choose_window_scale(struct bpf_sock_ops *ops)
+{
+	__u32 value = WINDOW_CEILING - 1;
+
+	bpf_setsockopt(ops, SOL_TCP, TCP_WINDOW_CLAMP, &value, sizeof(value));
 }
 
 SEC("sockops")
 int bpfrl_sockops(struct bpf_sock_ops *ops)
 {
-	const struct bpfrl_limit *limit = &limits.direction[BPFRL_EGRESS];
+	bool sends = limits.direction[BPFRL_EGRESS].rate_bits;
+	bool receives = limits.direction[BPFRL_INGRESS].rate_bits;
 	struct bpfrl_socket *socket;
-	__u64 fair, mean;
 
 	switch (ops->op) {
+	case BPF_SOCK_OPS_TCP_LISTEN_CB:
+		if (receives)
+			choose_window_scale(ops);
+		return 1;
 	case BPF_SOCK_OPS_TCP_CONNECT_CB:
+		if (receives)
+			choose_window_scale(ops);
+		/* fallthrough */
 	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
 		/* Without a limit too: one may come while the connection lasts. */
@@ -402,36 +346,32 @@ int bpfrl_sockops(struct bpf_sock_ops *ops)
 						       BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
 		break;
 	case BPF_SOCK_OPS_HDR_OPT_LEN_CB:
-		/* Asked for the MSS only, or for a packet without data. */
-		if (ops->args[0] == BPF_WRITE_HDR_TCP_CURRENT_MSS || !ops->skb_len)
+		/* Asked for the MSS only. */
+		if (ops->args[0] == BPF_WRITE_HDR_TCP_CURRENT_MSS)
 			return 1;
 		break;
+	case BPF_SOCK_OPS_WRITE_HDR_OPT_CB:
+		reopen_window(ops);
+		return 1;
 	case BPF_SOCK_OPS_RTT_CB:
 		break;
 	default:
 		return 1;
 	}
-	if (!limit->rate_bits) {
-		release(ops);
-		return 1;
-	}
-	socket = enlist(ops);
+
+	socket = sends || receives ? enlist(ops) : socket_of(ops, 0);
 	if (!socket)
 		return 1;
-
-	fair = fair_rate(limit, backlog_at(&clocks[BPFRL_EGRESS], limit, bpf_ktime_get_ns()));
-	mean = READ_ONCE(mean_fair);
-	if (ops->op == BPF_SOCK_OPS_HDR_OPT_LEN_CB) {
-		set_pacing(ops, socket, fair);
-		WRITE_ONCE(mean_fair, mean ? mean - (mean >> 3) + (fair >> 3) : fair);
-		return 1;
-	}
-	/* The option lowers a socket's rate at once but raises it only with the
-	 * next ACK: a socket caught at a low moment is let up to the mean here. */
-	fair = max(fair, min(mean + (mean >> 2), limit->fair_cap));
-	set_pacing(ops, socket, fair);
-	if (ops->op != BPF_SOCK_OPS_TCP_CONNECT_CB)
-		clamp_window(ops, socket, fair);
+	if (!sends)
+		let_go(ops, socket);
+	else if (ops->op != BPF_SOCK_OPS_HDR_OPT_LEN_CB)
+		let_up(ops, socket);
+	else if (ops->skb_len)
+		pace_segment(ops, socket);
+	if (!receives)
+		release_receiver(ops, socket);
+	else if (ops->op != BPF_SOCK_OPS_RTT_CB && ops->op != BPF_SOCK_OPS_TCP_CONNECT_CB)
+		open_window(ops, socket);
 	return 1;
 }
 

@@ -14,7 +14,7 @@
 #ifndef BPFRL_LIMITER_H
 #define BPFRL_LIMITER_H
 
-#define BPFRL_LAYOUT 1
+#define BPFRL_LAYOUT 2
 
 #define BPFRL_UID_LEN 64	/* a pod UID has 36 characters, a static pod's 32 */
 #define BPFRL_NAMESPACE_LEN 64	/* DNS label: 63 and the terminating zero */
@@ -33,26 +33,30 @@ enum bpfrl_direction {
 	BPFRL_DIRECTIONS,
 };
 
-/* One direction's limit, and what follows from it. */
+/* One direction's limit, and what follows from it. Every packet reads the first
+ * cache line, and none of these lines is written while the limit holds. */
 struct bpfrl_limit {
 	__u64 rate_bits;	/* bit/s at layer 3; 0: no limit, count only */
-	__u64 rate;		/* byte/s, for the fair rate */
 	__u64 cost;		/* ns per byte: fraction bits in the low BPFRL_SHIFT_BITS,
 				 * the value above them: one word, never read by half */
 	__s64 burst_ns;		/* credit that an idle clock keeps */
-	__s64 share_ns;		/* backlog from which unpaced sockets are held to their share */
-	__s64 fresh_ns;		/* backlog from which an unpaced socket's first packet is dropped */
 	__s64 drop_ns;		/* backlog from which all packets are dropped */
 	__s64 drop_short_ns;	/* the same for short packets */
 	__s64 fair_onset_ns;	/* backlog up to which fair_cap applies */
 	__u64 fair_cap;		/* byte/s */
 	__u64 fair_d0;		/* D0 in ns, shifted by BPFRL_RATIO_SHIFT */
 	__u64 fair_q2;		/* Q2 / D0 in byte/s */
+	__u64 rate;		/* byte/s, for the fair rate */
+	__u64 fair_steep;	/* 1: it falls by the fourth power of the backlog, not the second */
+	__s64 share_ns;		/* backlog from which sockets are held to their share that do not keep to it */
+	__s64 fresh_ns;		/* backlog from which an unpaced socket's first packet is dropped */
+	__u64 unused[3];	/* to the end of the second cache line */
 };
 
 struct bpfrl_limits {
-	__u64 burst;		/* byte, as asked for; 0: the default */
 	struct bpfrl_limit direction[BPFRL_DIRECTIONS];
+	__u64 burst;		/* byte, as asked for; 0: the default */
+	__u64 adopted;		/* 1: the sockets that were there before are paced too */
 };
 
 /* Whose limiter this is, and which build of it. */
@@ -62,6 +66,7 @@ struct bpfrl_identity {
 	char namespace[BPFRL_NAMESPACE_LEN];	/* empty: not known */
 	char name[BPFRL_NAME_LEN];		/* empty: not known */
 	__u8 build[BPFRL_BUILD_LEN];		/* digest of the object before it was filled in */
+	__u64 cgroup;				/* where it is attached; 0: not known yet */
 };
 
 /* Per CPU and direction. Packets and bytes are those on the wire at layer 3:

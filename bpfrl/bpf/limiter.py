@@ -25,7 +25,6 @@ from bpfrl.bpf.layout import (
     EGRESS,
     INGRESS,
     LAYOUT,
-    SOCKET_BYTES,
     STATE_BYTES,
     Counters,
     CountersData,
@@ -50,15 +49,15 @@ _PROGRAMS: Final = (
     (_SOCKOPS, "bpfrl_sockops", AttachType.CGROUP_SOCK_OPS),
 )
 # A map's pin, and its name in the object. The identity stands apart: it goes with the programs' build.
+_LIMITS: Final = ".data.limits"
 _STATE_MAPS: Final = (
-    ("limits", ".data.limits"),
+    ("limits", _LIMITS),
     ("state", ".bss"),
     ("counters", "counters"),
-    ("sockets", "sockets"),
+    (sockets.STORAGE, sockets.STORAGE),
 )
 _IDENTITY: Final = ("identity", ".rodata.identity")
 # linux/bpf.h
-_NO_PREALLOC: Final = 1 << 0
 _READ_ONLY: Final = 1 << 7
 _MMAPABLE: Final = 1 << 10
 # Nothing else is loaded, whoever has sent it. The sizes are those of limiter.h and sockets.h.
@@ -73,9 +72,11 @@ _SHAPE: Final = Shape(
         ".rodata.identity": MapShape(MapType.ARRAY, 4, sizeof(IdentityData), 1, _MMAPABLE | _READ_ONLY),
         ".bss": MapShape(MapType.ARRAY, 4, STATE_BYTES, 1, _MMAPABLE),
         "counters": MapShape(MapType.PERCPU_ARRAY, 4, sizeof(CountersData), len((EGRESS, INGRESS)), 0),
-        "sockets": MapShape(MapType.SK_STORAGE, 4, SOCKET_BYTES, 0, _NO_PREALLOC),
+        sockets.STORAGE: sockets.SHAPE,
     },
 )
+# What sockops asks a connection to tell of: BPF_SOCK_OPS_RTT_CB_FLAG and ..._WRITE_HDR_OPT_CB_FLAG (linux/bpf.h).
+_CALLBACKS: Final = 1 << 3 | 1 << 6
 _LINK: Final = "_link"
 _PINS: Final = frozenset(name for program, _, _ in _PROGRAMS for name in (program, program + _LINK)) | frozenset(
     name for name, _ in (*_STATE_MAPS, _IDENTITY)
@@ -104,6 +105,8 @@ class Status:
         cgroup_id: where it is attached; 0 when that cgroup is gone.
         attached_at: when it was attached, seconds since the epoch.
         build: the digest of its programs, as :attr:`generator.Contents.build`.
+        adopted: the connections that were there before are paced like those that came later; else they are only held
+            to the limit as a whole.
     """
 
     pod: PodRef
@@ -113,6 +116,7 @@ class Status:
     cgroup_id: int
     attached_at: float
     build: bytes = b""
+    adopted: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,10 +167,15 @@ class Limiter:
         with self._open("limits") as limits:
             return libbpf.read(limits, 0, LimitsData)
 
-    @data.setter
-    def data(self, data: LimitsData) -> None:
+    def change(self, data: LimitsData) -> bool:
+        """Put other limits in force; False where they are those already."""
         with self._open("limits") as limits:
+            present = libbpf.read(limits, 0, LimitsData)
+            data.adopted = present.adopted
+            if bytes(present) == bytes(data):
+                return False
             libbpf.write(limits, 0, data)
+        return True
 
     @property
     def limits(self) -> Limits:
@@ -181,7 +190,9 @@ class Limiter:
                 for direction in (EGRESS, INGRESS)
             )
         attached_at = (self.folder / ("egress" + _LINK)).stat().st_mtime
-        return Status(self.pod, self.limits, egress, ingress, self.cgroup_id, attached_at, self.build)
+        data = self.data
+        limits, adopted = law.decode(data), bool(data.adopted)
+        return Status(self.pod, limits, egress, ingress, self.cgroup_id, attached_at, self.build, adopted)
 
     def upgrade(self, image: bytes) -> None:
         """Put an object's programs in the place of the present ones, on the same maps.
@@ -231,7 +242,10 @@ def install(image: bytes, path: Path, folder: Path, report: Callable[[Stage], No
     with ExitStack() as stack:
         target = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         stack.callback(os.close, target)
-        loaded = stack.enter_context(LoadedObject(image, shape=_SHAPE))
+        shared = sockets.shared(folder.parent)
+        for descriptor in shared.values():
+            stack.enter_context(descriptor)
+        loaded = stack.enter_context(LoadedObject(image, reuse=shared, shape=_SHAPE))
         log.info("loaded the programs for %s", path)
         report(Stage.LOADED)
         with ExitStack() as undo:
@@ -253,6 +267,7 @@ def install(image: bytes, path: Path, folder: Path, report: Callable[[Stage], No
             staged.rename(folder)
             undo.pop_all()
         log.info("attached and pinned in %s", folder)
+        _adopt(loaded, path)
     if retired.exists():
         discard(retired)
 
@@ -333,10 +348,26 @@ def _stop_pacing(folder: Path) -> None:
     if path is None:
         return
     try:
-        with libbpf.open_pinned(folder / "sockets") as storage:
+        with libbpf.open_pinned(folder / sockets.STORAGE) as storage:
             sockets.release(storage, path)
     except BpfrlError as error:
         log.warning("connections keep the pacing rate they had: %s", error)
+
+
+def _adopt(loaded: LoadedObject, path: Path) -> None:
+    """Reach the connections that were there before; the limits then tell that this was done."""
+    try:
+        visited = sockets.adopt(loaded.map(sockets.STORAGE), path, _CALLBACKS)
+    except BpfrlError as error:
+        log.warning("connections that were there before are only policed: %s", error)
+        return
+    if visited.refused:
+        log.warning("connections that were there before are only policed: the kernel lacks the option (6.13 has it)")
+        return
+    limits = loaded.map(_LIMITS)
+    data = libbpf.read(limits, 0, LimitsData)
+    data.adopted = 1
+    libbpf.write(limits, 0, data)
 
 
 def _sockops_on(path: Path, *, effective: bool) -> set[int]:

@@ -1,13 +1,34 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* What each socket carries while its cgroup has a limiter: the limiter's own
- * map, which the program that gives sockets back opens too. */
+/*
+ * What is kept with each socket and set on it.
+ *
+ * There is one such map on a node, which all limiters and the cooperation of
+ * senders share: a socket's pacing has one place where it says what is its
+ * application's and what is not, whoever comes and goes.
+ */
 #ifndef BPFRL_SOCKETS_H
 #define BPFRL_SOCKETS_H
 
+#include "bpf_helpers.h"
+
 struct bpfrl_socket {
 	__u64 tat;		/* not paced (UDP, raw): the socket's own clock */
-	__u32 cwnd;		/* TCP: the window's limit that was set, segments; 0: none */
-	__u32 own_pacing;	/* TCP: the application's SO_MAX_PACING_RATE, byte/s; 0: not paced yet */
+	__u64 owner;		/* id of the cgroup whose limiter has it; 0: none */
+	__u32 own_pacing;	/* the application's SO_MAX_PACING_RATE, byte/s */
+	__u32 pacing;		/* what was set in its place, byte/s; 0: nothing */
+	__u32 fair;		/* what the limiter lets it send, byte/s; 0: no limit */
+	__u32 asked;		/* what its receiver asks it to send, byte/s; 0: nothing */
+	__u32 cwnd;		/* limit of the congestion window that was set, segments; 0: none */
+	__u32 silent;		/* round trips since its receiver has asked */
+	__u32 own_window;	/* TCP_WINDOW_CLAMP as the kernel or the application had it, byte */
+	__u32 window;		/* what was set in its place, byte; 0: nothing */
+	__u32 offer;		/* what this socket asks its sender for, 8 byte/s; 0: nothing */
+	__u32 offered_at;	/* what the last ACK that said so has acknowledged */
+	__u32 offers;		/* how many of them have gone since there was a doubt */
+	__u32 doubts;		/* how often they seem not to have arrived */
+	__u64 acked_ns;		/* when the last ACK left */
+	__u64 received;		/* bytes that have come when the last ACK left */
+	__u64 share_tat;	/* the clock of what this socket may receive */
 };
 
 struct {
@@ -16,5 +37,115 @@ struct {
 	__type(key, int);
 	__type(value, struct bpfrl_socket);
 } sockets SEC(".maps");
+
+/* Offers count in 8 byte/s: 32 bits of them are 275 Gbit/s. */
+#define OFFER_SHIFT 3
+
+/* Payload in 1500 byte of layer 3, TCP/IPv4 with timestamps: 1448/1500, in
+ * 256ths. A pacing rate counts payload, a limit counts packets. */
+#define PAYLOAD_256THS 247
+
+/* Smallest window that keeps fast retransmit alive, segments. */
+#define CWND_FLOOR 4
+/* The window's limit is in the way only below this RTT, where the kernel
+ * inflates TSO bursts (tcp_tso_rtt_log); above it is at least CWND_FAR. */
+#define CWND_NEAR_US 4000
+#define CWND_FAR 4096
+#define RTT_CEILING_US 1000000ULL
+#define RTT_SLACK_US 1000
+
+static __always_inline struct bpfrl_socket *socket_of(struct bpf_sock_ops *ops, __u64 flags)
+{
+	struct bpf_sock *sk = ops->sk;
+
+	return sk ? bpf_sk_storage_get(&sockets, sk, NULL, flags) : NULL;
+}
+
+/*
+ * A value that differs from the one set here is the application's, now or since
+ * then. Before 6.1 the option cannot be read: taken as not set.
+ */
+static __always_inline void heed_application(void *context, struct bpfrl_socket *socket)
+{
+	__u32 value;
+
+	if (bpf_getsockopt(context, SOL_SOCKET, SO_MAX_PACING_RATE, &value, sizeof(value)) ||
+	    !value)
+		value = PACING_UNLIMITED;
+	if (!socket->pacing || value != socket->pacing)
+		socket->own_pacing = value;
+}
+
+/* A rate at layer 3, byte/s, as one of payload that fits the option: it has 32
+ * bits, so above 34 Gbit/s a socket is not paced. 0 stands for no limit. */
+static __always_inline __u32 payload_rate(__u64 rate)
+{
+	return min(((rate * PAYLOAD_256THS) >> 8) + 1, PACING_UNLIMITED);
+}
+
+/* Have a socket send as fast as the slowest of those wants it who have a say. */
+static __always_inline void pace(void *context, struct bpfrl_socket *socket)
+{
+	/* 0 is the highest here. */
+	__u32 limit = min(socket->fair - 1, socket->asked - 1);
+	__u32 value = min(limit, socket->own_pacing);
+
+	if (!bpf_setsockopt(context, SOL_SOCKET, SO_MAX_PACING_RATE, &value, sizeof(value)))
+		socket->pacing = value;
+}
+
+/*
+ * Below a few ms of RTT, tcp_tso_autosize() makes bursts of up to 64 KB out of
+ * any rate. A window of about two round trips keeps them small. The option
+ * also writes ssthresh, so it is set only when the window has moved by half.
+ */
+static __always_inline void clamp_cwnd(struct bpf_sock_ops *ops, struct bpfrl_socket *socket,
+				       __u64 rate)
+{
+	__u64 rtt_us = min(ops->srtt_us >> 3, RTT_CEILING_US);
+	__u64 mss = ops->mss_cache;
+	__u64 segments;
+	int value;
+
+	if (!mss)
+		return;
+	segments = rate * (2 * rtt_us + RTT_SLACK_US) / (USEC_PER_SEC * mss);
+	segments = max(segments, rtt_us < CWND_NEAR_US ? CWND_FLOOR : CWND_FAR);
+	if (socket->cwnd && segments <= socket->cwnd + (socket->cwnd >> 1) &&
+	    segments >= socket->cwnd >> 1)
+		return;
+	value = min(segments, CWND_UNLIMITED);
+	if (!bpf_setsockopt(ops, SOL_TCP, TCP_BPF_SNDCWND_CLAMP, &value, sizeof(value)))
+		socket->cwnd = value;
+}
+
+/* One of those who have a say has none any more: sockops or an iterator is here
+ * to tell the socket, and to give back what was its own. */
+static __always_inline void release_sender(void *context, struct bpfrl_socket *socket)
+{
+	int cwnd = CWND_UNLIMITED;
+
+	if (!socket->pacing)
+		return;
+	heed_application(context, socket);
+	pace(context, socket);
+	if (socket->fair || socket->asked)
+		return;
+	socket->pacing = 0;
+	if (socket->cwnd)
+		bpf_setsockopt(context, SOL_TCP, TCP_BPF_SNDCWND_CLAMP, &cwnd, sizeof(cwnd));
+	socket->cwnd = 0;
+}
+
+/* Give a socket back what was its own as a receiver. */
+static __always_inline void release_receiver(void *context, struct bpfrl_socket *socket)
+{
+	socket->offer = 0;
+	if (!socket->window)
+		return;
+	bpf_setsockopt(context, SOL_TCP, TCP_WINDOW_CLAMP, &socket->own_window,
+		       sizeof(socket->own_window));
+	socket->window = 0;
+}
 
 #endif /* BPFRL_SOCKETS_H */

@@ -1,58 +1,104 @@
-"""What a limiter did to sockets, undone.
+"""The TCP sockets that are there already.
 
-Pacing rates and window limits stay with a socket when the limiter goes. ``sockets.bpf.c`` visits the TCP sockets of one
-network namespace, so it is run once for each namespace that the pod's processes are in.
+Programs on a cgroup see a connection begin; what is set on a socket stays there when they go. ``sockets.bpf.c`` reaches
+sockets from outside, idle ones too: those that began before a limiter came, and those that it has left behind. It
+visits the sockets of one network namespace, so it is run once for each namespace that the pod's processes are in.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from bpfrl import cgroup, libc
 from bpfrl.bpf import generator, libbpf
-from bpfrl.bpf.libbpf import Descriptor, LoadedObject
+from bpfrl.bpf.layout import SOCKET_BYTES, VisitData
+from bpfrl.bpf.libbpf import Descriptor, LoadedObject, MapShape, MapType
 from bpfrl.errors import CompilerError, KernelError
 
 log = logging.getLogger(__name__)
 
 _SOURCE: Final = "sockets.bpf.c"
+_VISIT: Final = ".bss"
+# linux/bpf.h
+_NO_PREALLOC: Final = 1 << 0
+
+# The map, and its pin: a node has one.
+STORAGE: Final = "sockets"
+SHAPE: Final = MapShape(MapType.SK_STORAGE, 4, SOCKET_BYTES, 0, _NO_PREALLOC)
+
+
+class Visited(NamedTuple):
+    """How many sockets a program has dealt with, and how many the kernel did not let it."""
+
+    done: int
+    refused: int
 
 
 @cache  # and warn of it once
 def prepare() -> None:
-    """Compile what :func:`release` will need, while whoever attaches can still do something about it."""
+    """Compile what reaches sockets, while whoever attaches can still do something about it."""
     try:
         generator.compile_object(_SOURCE)
     except CompilerError as error:
-        log.warning("when this limit is lifted, idle connections will keep their pacing rate: %s", error)
+        log.warning("connections that are there already cannot be reached: %s", error)
 
 
-def release(storage: Descriptor, path: Path) -> None:
-    """Give back its pacing rate and window to every TCP socket that has an entry in a limiter's storage.
+def adopt(storage: Descriptor, path: Path, callbacks: int) -> Visited:
+    """Have the connections that a cgroup's processes have already be paced as new ones are.
 
     Args:
-        storage: the limiter's socket storage map.
-        path: the limiter's cgroup, in whose processes' network namespaces the sockets are looked for.
+        storage: the node's socket storage map.
+        path: the cgroup, in whose processes' network namespaces the sockets are looked for.
+        callbacks: what they are to call sockops for, as BPF_SOCK_OPS_*_CB_FLAG.
 
     Raises:
         CompilerError: the program is not in the cache, and clang cannot make it.
         KernelError: the kernel has no such iterators (before 5.16), or refused.
     """
+    return _visit("bpfrl_adopt", storage, path, VisitData(cgroup=cgroup.id_of(path), callbacks=callbacks))
+
+
+def release(storage: Descriptor, path: Path) -> Visited:
+    """Give back its pacing rate and windows to every TCP socket that a cgroup's limiter has; as :func:`adopt`."""
+    return _visit("bpfrl_release", storage, path, VisitData(cgroup=cgroup.id_of(path)))
+
+
+def forget(storage: Descriptor, path: Path) -> Visited:
+    """Let every TCP socket of a cgroup forget what its receiver has asked for; as :func:`adopt`."""
+    return _visit("bpfrl_forget", storage, path, VisitData(cgroup=cgroup.id_of(path)))
+
+
+def shared(bpffs: Path) -> dict[str, Descriptor]:
+    """The node's map of what sockets carry, by its name, if anything pinned there has it; the caller closes it."""
+    for entry in os.scandir(bpffs):
+        with suppress(KernelError):
+            found = libbpf.open_pinned(Path(entry.path, STORAGE))
+            if libbpf.has_shape(found, SHAPE):
+                return {STORAGE: found}
+            os.close(found.number)
+    return {}
+
+
+def _visit(name: str, storage: Descriptor, path: Path, data: VisitData) -> Visited:
     with ExitStack() as stack:
         namespaces = [stack.enter_context(Descriptor(number)) for number in cgroup.open_network_namespaces(path)]
         if not namespaces:
-            return
-        loaded = stack.enter_context(LoadedObject(generator.compile_object(_SOURCE), reuse={"sockets": storage}))
-        program = loaded.program("bpfrl_release")
+            return Visited(0, 0)
+        loaded = stack.enter_context(LoadedObject(generator.compile_object(_SOURCE), reuse={STORAGE: storage}))
+        program, visit = loaded.program(name), loaded.map(_VISIT)
+        libbpf.write(visit, 0, data)
         for namespace in namespaces:
             # setns(2) moves a thread: one of its own, so that nothing else is moved.
             with ThreadPoolExecutor(max_workers=1) as thread:
                 thread.submit(_iterate_in, namespace, program).result()
+        found = libbpf.read(visit, 0, VisitData)
+        return Visited(found.done, found.refused)
 
 
 def _iterate_in(namespace: Descriptor, program: Descriptor) -> None:

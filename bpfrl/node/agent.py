@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from bpfrl import cgroup, libc
-from bpfrl.bpf import generator, law, limiter, sockets
+from bpfrl.bpf import cooperation, generator, law, limiter, sockets
 from bpfrl.bpf.layout import LimitsData
 from bpfrl.bpf.limiter import Broken, Limiter, Stage, Status
 from bpfrl.errors import (
@@ -85,11 +85,11 @@ class Agent:
                     " bpfrl list -o wide shows it; detach it first"
                 )
             if current is None or current.cgroup_id != cgroup.id_of(path):
-                limiter.install(generator.relabel(image, contents, pod), path, folder, report)
+                limiter.install(generator.relabel(image, contents, pod, cgroup.id_of(path)), path, folder, report)
                 return Change.ATTACHED
             if not _runs(current, pod, contents.build):
-                current.upgrade(generator.relabel(image, contents, pod if pod.name else current.pod))
-                current.data = contents.data
+                current.upgrade(generator.relabel(image, contents, pod if pod.name else current.pod, current.cgroup_id))
+                current.change(contents.data)
                 return Change.UPDATED
             return _set(current, contents.data)
 
@@ -160,7 +160,41 @@ class Agent:
         if not self.is_mounted():
             return []
         with self._lock(fcntl.LOCK_EX):
+            cooperation.sweep(self.bpffs)
             return [uid for uid in self._uids() if self._swept(uid)]
+
+    def cooperate(self, path: Path) -> bool:
+        """Have senders below a cgroup keep to the rates that limited receivers ask for, and these ask.
+
+        Returns:
+            False where that is so already.
+
+        Raises:
+            CompilerError: the program is not in the cache, and clang cannot make it.
+            CgroupNotFoundError: the cgroup has gone meanwhile.
+            KernelError: the kernel refused; nothing is left of it.
+        """
+        self.mount()
+        with self._lock(fcntl.LOCK_EX), _present(path):
+            return cooperation.attach(path, self.bpffs)
+
+    def stop_cooperating(self, cgroup_id: int) -> bool:
+        """Undo :meth:`cooperate`; False where there is nothing to undo.
+
+        Raises:
+            KernelError: the kernel refused.
+        """
+        if not self.is_mounted():
+            return False
+        with self._lock(fcntl.LOCK_EX):
+            return cooperation.detach(cgroup_id, self.bpffs)
+
+    def cooperating(self) -> list[int]:
+        """The ids of the cgroups below which senders cooperate."""
+        if not self.is_mounted():
+            return []
+        with self._lock(fcntl.LOCK_SH):
+            return cooperation.attached(self.bpffs)
 
     def mount(self) -> None:
         """Mount a BPF file system where the limiters go, unless one is there.
@@ -309,10 +343,7 @@ def _runs(current: Limiter, pod: PodRef, build: bytes) -> bool:
 
 
 def _set(current: Limiter, data: LimitsData) -> Change:
-    if bytes(current.data) == bytes(data):
-        return Change.UNCHANGED
-    current.data = data
-    return Change.UPDATED
+    return Change.UPDATED if current.change(data) else Change.UNCHANGED
 
 
 def _open(folder: Path) -> Limiter | None:

@@ -41,7 +41,9 @@ _OPTIONS: Final = (
 )
 
 
-async def serve(agent: Agent, tree: CgroupTree, address: str, certificates: tls.Certificates | None) -> None:
+async def serve(
+    agent: Agent, tree: CgroupTree, address: str, certificates: tls.Certificates | None, *, cooperate: bool
+) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Args:
@@ -49,13 +51,14 @@ async def serve(agent: Agent, tree: CgroupTree, address: str, certificates: tls.
         tree: this node's pods.
         address: where to listen, as HOST:PORT.
         certificates: what to show and to ask for; None: no TLS.
+        cooperate: have this node's senders keep to what limited receivers ask for, and its limited pods ask.
 
     Raises:
         KernelError: the address, or a BPF file system, cannot be had.
         PermissionDeniedError: this needs root.
     """
     server = grpc.aio.server(options=_OPTIONS)
-    service = NodeService(agent, tree, roles=certificates is not None)
+    service = NodeService(agent, tree, roles=certificates is not None, cooperate=cooperate)
     add_NodeServicer_to_server(service, server)
     healthy = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
@@ -78,23 +81,23 @@ async def serve(agent: Agent, tree: CgroupTree, address: str, certificates: tls.
     for name in ("", SERVICE):
         await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
     log.info("serving on %s (port %d)%s", address, port, "" if certificates else " without TLS")
-    sweeper = asyncio.create_task(_sweep_for_ever(service))
+    tending = asyncio.create_task(_tend_for_ever(service))
     try:
         await stopped.wait()
     finally:
         log.info("stopping; limits stay in force")
-        sweeper.cancel()
+        tending.cancel()
         await healthy.enter_graceful_shutdown()
         await server.stop(_GRACE_SECONDS)
         await asyncio.to_thread(service.close)
 
 
-async def _sweep_for_ever(service: NodeService) -> None:
+async def _tend_for_ever(service: NodeService) -> None:
     while True:
         try:
-            await service.sweep()
+            await service.tend()
         except (BpfrlError, OSError) as error:
-            log.warning("cannot sweep: %s", error)
+            log.warning("cannot tend this node's limiters: %s", error)
         await asyncio.sleep(_SWEEP_SECONDS)
 
 

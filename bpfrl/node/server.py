@@ -61,12 +61,14 @@ class NodeService(NodeServicer):
         agent: what does it.
         tree: where the pods' cgroups are.
         roles: whether the caller's certificate must have the master's role; False only without TLS.
+        cooperate: whether this node's senders keep to what limited receivers ask for.
     """
 
-    def __init__(self, agent: Agent, tree: CgroupTree, *, roles: bool) -> None:
+    def __init__(self, agent: Agent, tree: CgroupTree, *, roles: bool, cooperate: bool) -> None:
         self._agent = agent
         self._tree = tree
         self._roles = roles
+        self._cooperate = cooperate
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="agent")
 
     async def Attach(  # noqa: N802 - gRPC's names
@@ -120,14 +122,25 @@ class NodeService(NodeServicer):
             found = await self._do(self._agent.limiters)
             return node_pb2.ListReply(limiters=map(messages.from_limiter, found))
 
-    async def sweep(self) -> None:
-        """Remove what no running pod needs any more."""
+    async def tend(self) -> None:
+        """Remove what no running pod needs any more, and have the pods cooperate, or not."""
         for uid in await self._do(self._agent.sweep):
             log.info("%s swept: its pod has ended", uid)
+        await self._do(self._tend_cooperation)
 
     def close(self) -> None:
         """Finish what is being done, and take nothing more."""
         self._worker.shutdown()
+
+    def _tend_cooperation(self) -> None:
+        if self._cooperate:
+            for path in self._tree.tops():
+                if self._agent.cooperate(path):
+                    log.info("senders below %s keep to what limited receivers ask for", path)
+            return
+        for cgroup_id in self._agent.cooperating():
+            self._agent.stop_cooperating(cgroup_id)
+            log.info("senders do not cooperate any more")
 
     async def _header(self, requests: _Requests) -> tuple[node_pb2.Header, PodRef, Limits]:
         try:

@@ -103,6 +103,7 @@ def from_limiter(found: Status | Broken) -> node_pb2.Limiter:
         cgroup_id=found.cgroup_id,
         attached_at=found.attached_at,
         build=found.build,
+        adopted=found.adopted,
     )
 
 
@@ -123,6 +124,7 @@ def to_limiter(message: node_pb2.Limiter) -> Status | Broken:
         cgroup_id=message.cgroup_id,
         attached_at=message.attached_at,
         build=message.build,
+        adopted=message.adopted,
     )
 
 

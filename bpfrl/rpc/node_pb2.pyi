@@ -361,6 +361,7 @@ class Limiter(_message.Message):
     CGROUP_ID_FIELD_NUMBER: _builtins.int
     ATTACHED_AT_FIELD_NUMBER: _builtins.int
     BUILD_FIELD_NUMBER: _builtins.int
+    ADOPTED_FIELD_NUMBER: _builtins.int
     broken: _builtins.str
     """why this is no whole limiter; then nothing but the pod's UID is known"""
     cgroup_id: _builtins.int
@@ -368,6 +369,8 @@ class Limiter(_message.Message):
     attached_at: _builtins.float
     """seconds since the epoch"""
     build: _builtins.bytes
+    adopted: _builtins.bool
+    """connections that were there before the limiter are paced too"""
     @_builtins.property
     def pod(self) -> Global___Pod: ...
     @_builtins.property
@@ -387,10 +390,11 @@ class Limiter(_message.Message):
         cgroup_id: _builtins.int = ...,
         attached_at: _builtins.float = ...,
         build: _builtins.bytes = ...,
+        adopted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["egress", b"egress", "ingress", b"ingress", "limits", b"limits", "pod", b"pod"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached_at", b"attached_at", "broken", b"broken", "build", b"build", "cgroup_id", b"cgroup_id", "egress", b"egress", "ingress", b"ingress", "limits", b"limits", "pod", b"pod"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopted", b"adopted", "attached_at", b"attached_at", "broken", b"broken", "build", b"build", "cgroup_id", b"cgroup_id", "egress", b"egress", "ingress", b"ingress", "limits", b"limits", "pod", b"pod"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

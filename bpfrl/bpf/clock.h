@@ -1,0 +1,129 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * A direction's virtual clock, and the rate at which one flow may go by it.
+ *
+ * `tat` is the theoretical arrival time of the generic cell rate algorithm
+ * (ITU-T I.371), in ns of CLOCK_MONOTONIC: the time up to which the limit is
+ * used up. A packet moves it on by its length at layer 3 divided by the rate;
+ * D = tat - now is the backlog. It is virtual: nothing waits in it.
+ */
+#ifndef BPFRL_CLOCK_H
+#define BPFRL_CLOCK_H
+
+#include "bpf_helpers.h"
+#include "limiter.h"
+
+/* Fraction bits of a ratio of rates, of which the largest has 50 bits. */
+#define RESCALE_SHIFT 14
+/* The time constant of the mean backlog, 2^29 ns, in steps that cost little. */
+#define MEAN_SHIFT 29
+#define MEAN_COARSE 12
+#define MEAN_STEP_NS 100000
+
+/* All that CPUs write in common, in one cache line a direction. */
+struct clock {
+	__u64 tat;
+	__u64 rate_bits;	/* of the limit under which tat has come about */
+	__u64 mean_fair;	/* at which segments left, byte/s; a plain racy average */
+	__s64 mean_backlog;
+	__u64 mean_ns;		/* when that was */
+} __cacheline_aligned;
+
+/*
+ * The limit was changed since the last packet. The backlog keeps its bytes, and
+ * so the time that they take becomes another; or else a pod that comes from
+ * 1 kbit/s would wait for minutes before its new rate means anything. The one
+ * CPU that wins the exchange moves the clock.
+ */
+static __always_inline __s64 rescale(struct clock *clock, const struct bpfrl_limit *limit,
+				     __s64 backlog)
+{
+	__u64 old = READ_ONCE(clock->rate_bits), most = limit->drop_ns, scaled, ratio;
+
+	if (__sync_val_compare_and_swap(&clock->rate_bits, old, limit->rate_bits) != old ||
+	    !old || backlog <= 0)
+		return backlog;
+	ratio = (old << RESCALE_SHIFT) / limit->rate_bits;
+	/* Compared as a quotient: the product may leave 64 bits. */
+	if (ratio && (__u64)backlog > (most << RESCALE_SHIFT) / ratio)
+		scaled = most;
+	else
+		scaled = ((__u64)backlog * ratio) >> RESCALE_SHIFT;
+	__sync_fetch_and_add(&clock->tat, scaled - backlog);
+	return scaled;
+}
+
+/* The backlog at `now`. */
+static __always_inline __s64 backlog_at(struct clock *clock, const struct bpfrl_limit *limit,
+					__u64 now)
+{
+	__s64 backlog = READ_ONCE(clock->tat) - now;
+
+	if (unlikely(READ_ONCE(clock->rate_bits) != limit->rate_bits))
+		return rescale(clock, limit, backlog);
+	return backlog;
+}
+
+/* Pull an idle clock up to the burst's credit; the backlog afterwards. */
+static __always_inline __s64 cap_credit(struct clock *clock, const struct bpfrl_limit *limit,
+					__u64 now, __s64 backlog)
+{
+	__s64 credit = -limit->burst_ns;
+
+	if (backlog >= credit)
+		return backlog;
+	__sync_val_compare_and_swap(&clock->tat, now + backlog, now + credit);
+	return credit;
+}
+
+static __always_inline void charge(struct clock *clock, const struct bpfrl_limit *limit,
+				   __u64 bytes)
+{
+	__u64 cost = READ_ONCE(limit->cost);
+	__u64 shift = cost & ((1 << BPFRL_SHIFT_BITS) - 1);
+
+	__sync_fetch_and_add(&clock->tat, (bytes * (cost >> BPFRL_SHIFT_BITS)) >> shift);
+}
+
+/*
+ * The rate, byte/s, at which one flow may go while the backlog is D:
+ *
+ *     fair(D) = min(1.25 C, max(C (D0/D)^n, Q2/D)),    n = 2 for egress, 4 for ingress
+ *
+ * C the limit in byte/s. N backlogged flows settle where N fair(D) = C, without
+ * anything counting the flows; one that goes idle gives its share back at once.
+ */
+static __always_inline __u64 fair_rate(const struct bpfrl_limit *limit, __s64 backlog)
+{
+	__u64 ratio, power, harmonic;
+
+	if (backlog <= limit->fair_onset_ns)
+		return limit->fair_cap;
+	ratio = limit->fair_d0 / (__u64)backlog;	/* D0 / D */
+	power = (((limit->rate * ratio) >> BPFRL_RATIO_SHIFT) * ratio) >> BPFRL_RATIO_SHIFT;
+	if (limit->fair_steep)
+		power = (((power * ratio) >> BPFRL_RATIO_SHIFT) * ratio) >> BPFRL_RATIO_SHIFT;
+	harmonic = (limit->fair_q2 * ratio) >> BPFRL_RATIO_SHIFT;
+	return max(power, harmonic) + 1;
+}
+
+/*
+ * The mean backlog of about the last half second, taken where it is asked for: as a
+ * low pass of first order, for which a longer silence counts as a quarter of that.
+ */
+static __always_inline __s64 mean_backlog(struct clock *clock, __s64 backlog, __u64 now)
+{
+	__s64 mean = READ_ONCE(clock->mean_backlog);
+	__u64 elapsed = now - READ_ONCE(clock->mean_ns);
+
+	if (elapsed < MEAN_STEP_NS || (__s64)elapsed < 0)
+		return mean;
+	elapsed = min(elapsed, 1ULL << (MEAN_SHIFT - 2));
+	/* Coarser than ns, for 64 bits. */
+	mean += ((backlog - mean) * (__s64)(elapsed >> MEAN_COARSE)) >> (MEAN_SHIFT - MEAN_COARSE);
+	WRITE_ONCE(clock->mean_ns, now);
+	WRITE_ONCE(clock->mean_backlog, mean);
+	return mean;
+}
+
+#endif /* BPFRL_CLOCK_H */
