@@ -30,25 +30,21 @@ struct clock {
 } __cacheline_aligned;
 
 /*
- * The limit was changed since the last packet. The backlog keeps its bytes, and
- * so the time that they take becomes another; or else a pod that comes from
- * 1 kbit/s would wait for minutes before its new rate means anything. The one
- * CPU that wins the exchange moves the clock.
+ * The limit was changed since the last packet. Where it was raised the backlog keeps
+ * its bytes and takes less time for them, or else a pod that comes from 1 kbit/s
+ * would wait for minutes before its new rate means anything. Where it was lowered
+ * the backlog keeps its time: a millisecond of the old limit is no debt of seconds.
+ * The one CPU that wins the exchange moves the clock.
  */
 static __always_inline __s64 rescale(struct clock *clock, const struct bpfrl_limit *limit,
 				     __s64 backlog)
 {
-	__u64 old = READ_ONCE(clock->rate_bits), most = limit->drop_ns, scaled, ratio;
+	__u64 old = READ_ONCE(clock->rate_bits), scaled;
 
 	if (__sync_val_compare_and_swap(&clock->rate_bits, old, limit->rate_bits) != old ||
-	    !old || backlog <= 0)
+	    old >= limit->rate_bits || backlog <= 0)
 		return backlog;
-	ratio = (old << RESCALE_SHIFT) / limit->rate_bits;
-	/* Compared as a quotient: the product may leave 64 bits. */
-	if (ratio && (__u64)backlog > (most << RESCALE_SHIFT) / ratio)
-		scaled = most;
-	else
-		scaled = ((__u64)backlog * ratio) >> RESCALE_SHIFT;
+	scaled = ((__u64)backlog * ((old << RESCALE_SHIFT) / limit->rate_bits)) >> RESCALE_SHIFT;
 	__sync_fetch_and_add(&clock->tat, scaled - backlog);
 	return scaled;
 }

@@ -35,11 +35,18 @@
 #include "packet.h"
 #include "sockets.h"
 
-/* Verdicts of cgroup_skb programs. On egress 0 shows EPERM to the sender;
- * 2 drops as a full queue would (congestion for TCP, silence for UDP). */
+/* Verdicts of cgroup_skb programs. On egress 0 shows EPERM to the sender, which
+ * TCP takes for a device that is busy: it keeps the segments and tries again, at the
+ * latest when its probe timer ends. 2 drops as a full queue would (congestion for
+ * TCP, silence for UDP). */
 #define PASS 1
+#define DROP 0
 #define EGRESS_DROP 2
-#define INGRESS_DROP 0
+#define EGRESS_REFUSE 0
+
+/* So many segments of a connection leave before the kernel paces it
+ * (tcp_update_skb_after_send()). */
+#define UNPACED_SEGMENTS 10
 
 /* An unpaced socket may be ahead of its share by the longer of this time and
  * the time that these bytes take, so that it can send a pair of packets. */
@@ -119,6 +126,27 @@ static __always_inline bool over_share(struct __sk_buff *skb, const struct bpfrl
 	return false;
 }
 
+/*
+ * True for what a connection sends in one burst before it is paced, when the pod is
+ * behind: 64 new connections would put seconds of a small limit in front of
+ * everyone. Refused, it counts as sent once, so that what follows is paced.
+ */
+static __always_inline bool is_unpaced_burst(struct __sk_buff *skb,
+					     const struct bpfrl_limit *limit, __s64 backlog,
+					     __u64 segments)
+{
+	struct bpf_sock *sk = skb->sk;
+	struct bpf_tcp_sock *tcp;
+
+	if (likely(segments == 1 || backlog <= limit->fresh_ns) || !sk)
+		return false;
+	sk = bpf_sk_fullsock(sk);
+	if (!sk)
+		return false;
+	tcp = bpf_tcp_sock(sk);
+	return tcp && tcp->data_segs_out <= UNPACED_SEGMENTS;
+}
+
 static __always_inline bool over_limit(const struct bpfrl_limit *limit, __s64 backlog,
 				       __u64 bytes)
 {
@@ -132,7 +160,7 @@ static __always_inline void count(__u64 *packets, __u64 *bytes, const struct pac
 	__sync_fetch_and_add(bytes, packet->bytes);
 }
 
-static __always_inline bool admit(struct __sk_buff *skb, enum bpfrl_direction direction)
+static __always_inline int judge(struct __sk_buff *skb, enum bpfrl_direction direction)
 {
 	const struct bpfrl_limit *limit = &limits.direction[direction];
 	struct clock *clock = &clocks[direction];
@@ -141,34 +169,37 @@ static __always_inline bool admit(struct __sk_buff *skb, enum bpfrl_direction di
 	struct bpfrl_counters *counter = bpf_map_lookup_elem(&counters, &key);
 
 	if (!counter)	/* cannot be: the key is within the map */
-		return true;
+		return PASS;
 	if (limit->rate_bits) {
 		__u64 now = bpf_ktime_get_ns();
 		__s64 backlog = backlog_at(clock, limit, now);
 
 		backlog = cap_credit(clock, limit, now, backlog);
+		if (direction == BPFRL_EGRESS && packet.protocol == IPPROTO_TCP &&
+		    is_unpaced_burst(skb, limit, backlog, packet.segments))
+			return EGRESS_REFUSE;
 		if (over_limit(limit, backlog, packet.bytes) ||
 		    (direction == BPFRL_EGRESS && packet.protocol != IPPROTO_TCP &&
 		     over_share(skb, limit, backlog, now, packet.bytes))) {
 			count(&counter->dropped_packets, &counter->dropped_bytes, &packet);
-			return false;
+			return direction == BPFRL_EGRESS ? EGRESS_DROP : DROP;
 		}
 		charge(clock, limit, packet.bytes);
 	}
 	count(&counter->passed_packets, &counter->passed_bytes, &packet);
-	return true;
+	return PASS;
 }
 
 SEC("cgroup_skb/egress")
 int bpfrl_egress(struct __sk_buff *skb)
 {
-	return admit(skb, BPFRL_EGRESS) ? PASS : EGRESS_DROP;
+	return judge(skb, BPFRL_EGRESS);
 }
 
 SEC("cgroup_skb/ingress")
 int bpfrl_ingress(struct __sk_buff *skb)
 {
-	return admit(skb, BPFRL_INGRESS) ? PASS : INGRESS_DROP;
+	return judge(skb, BPFRL_INGRESS);
 }
 
 static __always_inline __u64 fair_now(enum bpfrl_direction direction)

@@ -76,9 +76,9 @@ def forget(storage: Descriptor, path: Path) -> Visited:
 
 def shared(bpffs: Path) -> dict[str, Descriptor]:
     """The node's map of what sockets carry, by its name, if anything pinned there has it; the caller closes it."""
-    for entry in os.scandir(bpffs):
+    for name in os.listdir(bpffs):
         with suppress(KernelError):
-            found = libbpf.open_pinned(Path(entry.path, STORAGE))
+            found = libbpf.open_pinned(bpffs / name / STORAGE)
             if libbpf.has_shape(found, SHAPE):
                 return {STORAGE: found}
             os.close(found.number)
