@@ -53,6 +53,9 @@
 #define SHARE_TOLERANCE_NS 5000000ULL
 #define SHARE_TOLERANCE_BYTES 6000ULL
 
+/* So often a socket is asked whether its application has set a pacing rate. */
+#define HEED_SEGMENTS 16
+
 /* A receive window has at least so many segments, or ACKs would wait for more;
  * and it is less than 16 MB, for which the window scale is 8: windows then are
  * multiples of 256 byte. */
@@ -221,32 +224,40 @@ static __always_inline struct bpfrl_socket *enlist(struct bpf_sock_ops *ops)
 	return socket;
 }
 
-/* A segment is about to leave. */
+/*
+ * A segment is about to leave. Setting the option lowers the pacing rate at once, which
+ * is what holds this segment; but it raises it only with the next ACK, and by then
+ * the backlog may be gone: a socket caught at a low moment would stay there. So
+ * right after, the option is set to somewhat more than the mean of all.
+ */
 static __always_inline void pace_segment(struct bpf_sock_ops *ops, struct bpfrl_socket *socket)
 {
+	const struct bpfrl_limit *limit = &limits.direction[BPFRL_EGRESS];
 	struct clock *clock = &clocks[BPFRL_EGRESS];
 	__u64 fair = fair_now(BPFRL_EGRESS);
 	__u64 mean = READ_ONCE(clock->mean_fair);
+	__u64 let_up;
 
+	mean = mean ? mean - (mean >> 3) + (fair >> 3) : fair;
+	WRITE_ONCE(clock->mean_fair, mean);
+	let_up = max(fair, min(mean + (mean >> 2), limit->fair_cap));
+
+	if (socket->segments++ % HEED_SEGMENTS == 0)
+		heed_application(ops, socket);
 	socket->fair = payload_rate(fair);
 	pace(ops, socket);
-	WRITE_ONCE(clock->mean_fair, mean ? mean - (mean >> 3) + (fair >> 3) : fair);
+	if (let_up > fair) {
+		socket->fair = payload_rate(let_up);
+		pace(ops, socket);
+	}
+	clamp_cwnd(ops, socket, let_up);
 }
 
-/* An ACK came. The option lowers a socket's rate at once but raises it only with
- * the next ACK: a socket caught at a low moment is let up to the mean here. */
-static __always_inline void let_up(struct bpf_sock_ops *ops, struct bpfrl_socket *socket)
+/* A connection begins. */
+static __always_inline void pace_connection(struct bpf_sock_ops *ops, struct bpfrl_socket *socket)
 {
-	const struct bpfrl_limit *limit = &limits.direction[BPFRL_EGRESS];
-	__u64 mean = READ_ONCE(clocks[BPFRL_EGRESS].mean_fair);
-	__u64 fair = fair_now(BPFRL_EGRESS);
-
-	fair = max(fair, min(mean + (mean >> 2), limit->fair_cap));
-	heed_application(ops, socket);
-	socket->fair = payload_rate(fair);
+	socket->fair = payload_rate(fair_now(BPFRL_EGRESS));
 	pace(ops, socket);
-	if (ops->op != BPF_SOCK_OPS_TCP_CONNECT_CB)
-		clamp_cwnd(ops, socket, fair);
 }
 
 /* There is no limit to what the pod sends. */
@@ -356,11 +367,23 @@ static __always_inline void choose_window_scale(struct bpf_sock_ops *ops)
 SEC("sockops")
 int bpfrl_sockops(struct bpf_sock_ops *ops)
 {
-	bool sends = limits.direction[BPFRL_EGRESS].rate_bits;
-	bool receives = limits.direction[BPFRL_INGRESS].rate_bits;
 	struct bpfrl_socket *socket;
+	bool sends, receives;
 
+	/* By far most calls come from the kernel's asking for the MSS only. */
+	if (likely(ops->op == BPF_SOCK_OPS_HDR_OPT_LEN_CB)) {
+		if (ops->args[0] == BPF_WRITE_HDR_TCP_CURRENT_MSS)
+			return 1;
+	} else if (ops->op == BPF_SOCK_OPS_WRITE_HDR_OPT_CB) {
+		reopen_window(ops);
+		return 1;
+	}
+
+	sends = limits.direction[BPFRL_EGRESS].rate_bits;
+	receives = limits.direction[BPFRL_INGRESS].rate_bits;
 	switch (ops->op) {
+	case BPF_SOCK_OPS_HDR_OPT_LEN_CB:
+		break;
 	case BPF_SOCK_OPS_TCP_LISTEN_CB:
 		if (receives)
 			choose_window_scale(ops);
@@ -373,18 +396,7 @@ int bpfrl_sockops(struct bpf_sock_ops *ops)
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
 		/* Without a limit too: one may come while the connection lasts. */
 		bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags |
-						       BPF_SOCK_OPS_RTT_CB_FLAG |
 						       BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
-		break;
-	case BPF_SOCK_OPS_HDR_OPT_LEN_CB:
-		/* Asked for the MSS only. */
-		if (ops->args[0] == BPF_WRITE_HDR_TCP_CURRENT_MSS)
-			return 1;
-		break;
-	case BPF_SOCK_OPS_WRITE_HDR_OPT_CB:
-		reopen_window(ops);
-		return 1;
-	case BPF_SOCK_OPS_RTT_CB:
 		break;
 	default:
 		return 1;
@@ -396,12 +408,12 @@ int bpfrl_sockops(struct bpf_sock_ops *ops)
 	if (!sends)
 		let_go(ops, socket);
 	else if (ops->op != BPF_SOCK_OPS_HDR_OPT_LEN_CB)
-		let_up(ops, socket);
+		pace_connection(ops, socket);
 	else if (ops->skb_len)
 		pace_segment(ops, socket);
 	if (!receives)
 		release_receiver(ops, socket);
-	else if (ops->op != BPF_SOCK_OPS_RTT_CB && ops->op != BPF_SOCK_OPS_TCP_CONNECT_CB)
+	else if (ops->op != BPF_SOCK_OPS_TCP_CONNECT_CB)
 		open_window(ops, socket);
 	return 1;
 }

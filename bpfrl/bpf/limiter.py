@@ -75,8 +75,8 @@ _SHAPE: Final = Shape(
         sockets.STORAGE: sockets.SHAPE,
     },
 )
-# What sockops asks a connection to tell of: BPF_SOCK_OPS_RTT_CB_FLAG and ..._WRITE_HDR_OPT_CB_FLAG (linux/bpf.h).
-_CALLBACKS: Final = 1 << 3 | 1 << 6
+# What a connection is to tell of: BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG (linux/bpf.h).
+_CALLBACKS: Final = 1 << 6
 _LINK: Final = "_link"
 _PINS: Final = frozenset(name for program, _, _ in _PROGRAMS for name in (program, program + _LINK)) | frozenset(
     name for name, _ in (*_STATE_MAPS, _IDENTITY)

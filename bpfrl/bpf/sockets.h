@@ -18,6 +18,7 @@ struct bpfrl_socket {
 	__u32 pacing;		/* what was set in its place, byte/s; 0: nothing */
 	__u32 fair;		/* what the limiter lets it send, byte/s; 0: no limit */
 	__u32 asked;		/* what its receiver asks it to send, byte/s; 0: nothing */
+	__u32 segments;		/* how often it has been paced */
 	__u32 cwnd;		/* limit of the congestion window that was set, segments; 0: none */
 	__u32 silent;		/* round trips since its receiver has asked */
 	__u32 own_window;	/* TCP_WINDOW_CLAMP as the kernel or the application had it, byte */
@@ -26,6 +27,7 @@ struct bpfrl_socket {
 	__u32 offered_at;	/* what the last ACK that said so has acknowledged */
 	__u32 offers;		/* how many of them have gone since there was a doubt */
 	__u32 doubts;		/* how often they seem not to have arrived */
+	__u32 unused;
 	__u64 acked_ns;		/* when the last ACK left */
 	__u64 received;		/* bytes that have come when the last ACK left */
 	__u64 share_tat;	/* the clock of what this socket may receive */
