@@ -65,7 +65,7 @@ static __always_inline void follow(struct bpf_sock_ops *ops)
 	if (!socket->asked)
 		add_flags(ops, BPF_SOCK_OPS_RTT_CB_FLAG);
 	heed_application(ops, socket);
-	socket->asked = payload_rate(rate);
+	socket->asked = pacing_rate(rate);
 	socket->silent = 0;
 	pace(ops, socket);
 	clamp_cwnd(ops, socket, rate);

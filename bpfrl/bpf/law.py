@@ -106,8 +106,9 @@ def _share(data: LimitData, rate: Rate, d0_ns: int, q2_bytes: int, *, steep: boo
     data.fair_cap = data.rate * FAIR_CAP_PERCENT // 100
     data.fair_d0 = d0_ns << RATIO_SHIFT
     data.fair_q2 = q2_bytes * NSEC_PER_SEC // d0_ns
-    # Where the larger of the two branches falls below the cap: C (D0/D)^2 = cap, or Q2/D = cap.
-    data.fair_onset_ns = max(int(d0_ns * (100 / FAIR_CAP_PERCENT) ** 0.5), q2_bytes * NSEC_PER_SEC // data.fair_cap)
+    # Where the larger of the two branches falls below the cap: C (D0/D)^n = cap, or Q2/D = cap.
+    onset_ns = int(d0_ns * (100 / FAIR_CAP_PERCENT) ** (0.25 if steep else 0.5))
+    data.fair_onset_ns = max(onset_ns, q2_bytes * NSEC_PER_SEC // data.fair_cap)
     data.fair_steep = steep
 
 

@@ -28,14 +28,14 @@ class LimitData(Structure):
         ("burst_ns", c_int64),
         ("drop_ns", c_int64),
         ("drop_short_ns", c_int64),
+        ("fresh_ns", c_int64),
+        ("share_ns", c_int64),
         ("fair_onset_ns", c_int64),
         ("fair_cap", c_uint64),
         ("fair_d0", c_uint64),
         ("fair_q2", c_uint64),
         ("rate", c_uint64),
         ("fair_steep", c_uint64),
-        ("share_ns", c_int64),
-        ("fresh_ns", c_int64),
         ("unused", c_uint64 * 3),
     )
 

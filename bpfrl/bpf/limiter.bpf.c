@@ -244,10 +244,10 @@ static __always_inline void pace_segment(struct bpf_sock_ops *ops, struct bpfrl_
 
 	if (socket->segments++ % HEED_SEGMENTS == 0)
 		heed_application(ops, socket);
-	socket->fair = payload_rate(fair);
+	socket->fair = pacing_rate(fair);
 	pace(ops, socket);
 	if (let_up > fair) {
-		socket->fair = payload_rate(let_up);
+		socket->fair = pacing_rate(let_up);
 		pace(ops, socket);
 	}
 	clamp_cwnd(ops, socket, let_up);
@@ -256,14 +256,14 @@ static __always_inline void pace_segment(struct bpf_sock_ops *ops, struct bpfrl_
 /* A connection begins. */
 static __always_inline void pace_connection(struct bpf_sock_ops *ops, struct bpfrl_socket *socket)
 {
-	socket->fair = payload_rate(fair_now(BPFRL_EGRESS));
+	socket->fair = pacing_rate(fair_now(BPFRL_EGRESS));
 	pace(ops, socket);
 }
 
 /* There is no limit to what the pod sends. */
 static __always_inline void let_go(struct bpf_sock_ops *ops, struct bpfrl_socket *socket)
 {
-	if (!socket->fair)
+	if (!socket->fair && (!socket->pacing || socket->asked))
 		return;
 	socket->fair = 0;
 	release_sender(ops, socket);

@@ -34,7 +34,8 @@ enum bpfrl_direction {
 };
 
 /* One direction's limit, and what follows from it. Every packet reads the first
- * cache line, and none of these lines is written while the limit holds. */
+ * cache line and what sets the pace the second; neither is written while the limit
+ * holds. */
 struct bpfrl_limit {
 	__u64 rate_bits;	/* bit/s at layer 3; 0: no limit, count only */
 	__u64 cost;		/* ns per byte: fraction bits in the low BPFRL_SHIFT_BITS,
@@ -42,15 +43,17 @@ struct bpfrl_limit {
 	__s64 burst_ns;		/* credit that an idle clock keeps */
 	__s64 drop_ns;		/* backlog from which all packets are dropped */
 	__s64 drop_short_ns;	/* the same for short packets */
+	__s64 fresh_ns;		/* backlog from which a socket's first packets have to wait */
+	__s64 share_ns;		/* backlog from which sockets are held to their share that do
+				 * not keep to it by themselves */
 	__s64 fair_onset_ns;	/* backlog up to which fair_cap applies */
+
 	__u64 fair_cap;		/* byte/s */
 	__u64 fair_d0;		/* D0 in ns, shifted by BPFRL_RATIO_SHIFT */
 	__u64 fair_q2;		/* Q2 / D0 in byte/s */
 	__u64 rate;		/* byte/s, for the fair rate */
 	__u64 fair_steep;	/* 1: it falls by the fourth power of the backlog, not the second */
-	__s64 share_ns;		/* backlog from which sockets are held to their share that do not keep to it */
-	__s64 fresh_ns;		/* backlog from which an unpaced socket's first packet is dropped */
-	__u64 unused[3];	/* to the end of the second cache line */
+	__u64 unused[3];
 };
 
 struct bpfrl_limits {

@@ -74,15 +74,24 @@ static __always_inline void heed_application(void *context, struct bpfrl_socket 
 	if (bpf_getsockopt(context, SOL_SOCKET, SO_MAX_PACING_RATE, &value, sizeof(value)) ||
 	    !value)
 		value = PACING_UNLIMITED;
-	if (!socket->pacing || value != socket->pacing)
+	if (!socket->pacing || value != socket->pacing) {
 		socket->own_pacing = value;
+		socket->pacing = 0;
+	}
 }
 
-/* A rate at layer 3, byte/s, as one of payload that fits the option: it has 32
- * bits, so above 34 Gbit/s a socket is not paced. 0 stands for no limit. */
-static __always_inline __u32 payload_rate(__u64 rate)
+/* A rate at layer 3, byte/s, as one of payload. */
+static __always_inline __u64 payload_rate(__u64 rate)
 {
-	return min(((rate * PAYLOAD_256THS) >> 8) + 1, PACING_UNLIMITED);
+	return ((rate * PAYLOAD_256THS) >> 8) + 1;
+}
+
+/* The same as a pacing rate, for which there are 32 bits: from 34 Gbit/s on a socket
+ * is not paced, and 0 stands for that. */
+static __always_inline __u32 pacing_rate(__u64 rate)
+{
+	rate = payload_rate(rate);
+	return rate < PACING_UNLIMITED ? rate : 0;
 }
 
 /* Have a socket send as fast as the slowest of those wants it who have a say. */
@@ -92,7 +101,8 @@ static __always_inline void pace(void *context, struct bpfrl_socket *socket)
 	__u32 limit = min(socket->fair - 1, socket->asked - 1);
 	__u32 value = min(limit, socket->own_pacing);
 
-	if (!bpf_setsockopt(context, SOL_SOCKET, SO_MAX_PACING_RATE, &value, sizeof(value)))
+	if (value != socket->pacing &&
+	    !bpf_setsockopt(context, SOL_SOCKET, SO_MAX_PACING_RATE, &value, sizeof(value)))
 		socket->pacing = value;
 }
 
