@@ -86,7 +86,8 @@ static __always_inline void charge(struct clock *clock, const struct bpfrl_limit
  *
  *     fair(D) = min(1.25 C, max(C (D0/D)^n, Q2/D)),    n = 2 for egress, 4 for ingress
  *
- * C the limit in byte/s. N backlogged flows settle where N fair(D) = C, without
+ * C the limit in byte/s; and what a burst that was asked for has left goes as fast as
+ * it can. N backlogged flows settle where N fair(D) = C, without
  * anything counting the flows; one that goes idle gives its share back at once.
  */
 static __always_inline __u64 fair_rate(const struct bpfrl_limit *limit, __s64 backlog)
@@ -94,7 +95,7 @@ static __always_inline __u64 fair_rate(const struct bpfrl_limit *limit, __s64 ba
 	__u64 ratio, power, harmonic;
 
 	if (backlog <= limit->fair_onset_ns)
-		return limit->fair_cap;
+		return unlikely(backlog < limit->reserve_ns) ? BPFRL_FASTEST : limit->fair_cap;
 	ratio = limit->fair_d0 / (__u64)backlog;	/* D0 / D */
 	power = (((limit->rate * ratio) >> BPFRL_RATIO_SHIFT) * ratio) >> BPFRL_RATIO_SHIFT;
 	if (limit->fair_steep)

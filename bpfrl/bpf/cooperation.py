@@ -101,10 +101,15 @@ def attached(bpffs: Path) -> list[int]:
 
 def sweep(bpffs: Path) -> list[int]:
     """Remove what is left of cooperations that were cut off on their way, or whose cgroups are gone; return their ids."""
-    left = [(folder, number) for folder, number in _folders(bpffs) if not _attached_to(folder)]
-    for folder, _ in left:
-        _discard(folder)
-    return [number for _, number in left]
+    swept = []
+    for folder, number in _folders(bpffs):
+        if not _attached_to(folder):
+            try:
+                _discard(folder)
+                swept.append(number)
+            except OSError as error:
+                log.warning("cannot sweep %s: %s", folder, error)
+    return swept
 
 
 def _folders(bpffs: Path) -> list[tuple[Path, int]]:

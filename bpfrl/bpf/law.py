@@ -49,7 +49,7 @@ INGRESS_DROP_NS: Final = 250 * _MS
 
 # The programs multiply a rate of up to 2^38 byte/s by D0/D < 2 with 24 fraction bits: within 64 bits. Faster limits are
 # shared as 2^38 byte/s would be; no pacing rate is near it (the socket option ends at 2^32).
-_FAIR_RATE_CEILING: Final = 2**38
+_FAIR_RATE_CEILING: Final = 2**38  # BPFRL_FASTEST
 # Lengths stay below 2^21 byte (BIG TCP: 512 KB, and as much again of headers and more where the MSS is tiny), so
 # that length * multiplier fits 64 bits.
 _COST_BITS: Final = 43
@@ -97,6 +97,8 @@ def _clock(rate: Rate, burst: int | None, drop_ns: int) -> LimitData:
         burst_ns=time_of(default_burst(rate) if burst is None else burst, rate),
         drop_ns=drop_ns,
         drop_short_ns=drop_ns * DROP_SHORT_PERCENT // 100,
+        # What is left of the default burst smooths; only what was asked for beyond it may go at once.
+        reserve_ns=-time_of(default_burst(rate), rate),
     )
 
 

@@ -36,7 +36,8 @@ class LimitData(Structure):
         ("fair_q2", c_uint64),
         ("rate", c_uint64),
         ("fair_steep", c_uint64),
-        ("unused", c_uint64 * 3),
+        ("reserve_ns", c_int64),
+        ("unused", c_uint64 * 2),
     )
 
 

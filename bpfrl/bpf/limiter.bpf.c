@@ -238,7 +238,7 @@ static __always_inline void pace_segment(struct bpf_sock_ops *ops, struct bpfrl_
 	__u64 mean = READ_ONCE(clock->mean_fair);
 	__u64 let_up;
 
-	mean = mean ? mean - (mean >> 3) + (fair >> 3) : fair;
+	mean = mean ? mean - (mean >> 3) + (min(fair, limit->fair_cap) >> 3) : fair;
 	WRITE_ONCE(clock->mean_fair, mean);
 	let_up = max(fair, min(mean + (mean >> 2), limit->fair_cap));
 

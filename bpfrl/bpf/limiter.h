@@ -27,6 +27,10 @@
 /* Fraction bits of D0 / D in the fair rate. */
 #define BPFRL_RATIO_SHIFT 24
 
+/* The highest rate that is reckoned with, byte/s; it takes the products of the fair
+ * rate to 64 bits. Faster limits are shared as this one would be. */
+#define BPFRL_FASTEST (1ULL << 38)
+
 enum bpfrl_direction {
 	BPFRL_EGRESS,
 	BPFRL_INGRESS,
@@ -53,7 +57,8 @@ struct bpfrl_limit {
 	__u64 fair_q2;		/* Q2 / D0 in byte/s */
 	__u64 rate;		/* byte/s, for the fair rate */
 	__u64 fair_steep;	/* 1: it falls by the fourth power of the backlog, not the second */
-	__u64 unused[3];
+	__s64 reserve_ns;	/* backlog, negative, below which an asked-for burst is left to spend */
+	__u64 unused[2];
 };
 
 struct bpfrl_limits {

@@ -19,7 +19,7 @@ from bpfrl import cgroup, libc
 from bpfrl.bpf import generator, libbpf
 from bpfrl.bpf.layout import SOCKET_BYTES, VisitData
 from bpfrl.bpf.libbpf import Descriptor, LoadedObject, MapShape, MapType
-from bpfrl.errors import CompilerError, KernelError
+from bpfrl.errors import CompilerError, KernelError, PermissionDeniedError
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def forget(storage: Descriptor, path: Path) -> Visited:
 def shared(bpffs: Path) -> dict[str, Descriptor]:
     """The node's map of what sockets carry, by its name, if anything pinned there has it; the caller closes it."""
     for name in os.listdir(bpffs):
-        with suppress(KernelError):
+        with suppress(KernelError, PermissionDeniedError):  # as the kernel says of a folder of that name
             found = libbpf.open_pinned(bpffs / name / STORAGE)
             if libbpf.has_shape(found, SHAPE):
                 return {STORAGE: found}
