@@ -295,7 +295,7 @@ def _write(output: Path, image: bytes) -> None:
 @click.option(
     "--cooperate",
     is_flag=True,
-    help="With --cgroup, the one that holds all pods: no limit, but its senders keep to what limited receivers ask for.",
+    help="With --cgroup, the one that holds all pods: no limit, but senders keep to what limited receivers ask for.",
 )
 @click.pass_obj
 def attach(
@@ -313,11 +313,11 @@ def attach(
     Finds the pod's cgroup whatever the kubelet's cgroup driver and the pod's QoS class. New limits
     replace the present ones in place: there is no moment without a limit, connections go on, and the counters too.
 
-    With --cooperate, limited pods below the cgroup tell their senders how fast to send, in a TCP option on ACKs, and pods
-    that send keep to what they are told. bpfrl serve-node sees to this by itself.
+    With --cooperate, limited pods below the cgroup tell their senders how fast to send, in a TCP option on ACKs, and
+    pods that send keep to what they are told. bpfrl serve-node sees to this by itself.
     """
     if cooperate:
-        if path is None or pod or file or limits != Limits() or dry_run:
+        if path is None or pod or file or limits != Limits() or wait or dry_run:
             raise click.UsageError("--cooperate goes with --cgroup, the one that holds all pods, and nothing else")
         attached = node.agent().cooperate(cgroup.check(path))
         click.echo(f"{path} {'cooperates' if attached else 'unchanged'}")

@@ -15,7 +15,8 @@
 
 /* Fraction bits of a ratio of rates, of which the largest has 50 bits. */
 #define RESCALE_SHIFT 14
-/* The time constant of the mean backlog, 2^29 ns, in steps that cost little. */
+/* Time constant of the means, 2^29 ns: longer than the pause of a sender and than
+ * most round trips. They are taken in steps that cost little. */
 #define MEAN_SHIFT 29
 #define MEAN_COARSE 12
 #define MEAN_STEP_NS 100000
@@ -24,9 +25,9 @@
 struct clock {
 	__u64 tat;
 	__u64 rate_bits;	/* of the limit under which tat has come about */
-	__u64 mean_fair;	/* at which segments left, byte/s; a plain racy average */
-	__s64 mean_backlog;
-	__u64 mean_ns;		/* when that was */
+	__u64 mean_fair;	/* the fair rates of late, byte/s; a plain racy average */
+	__s64 mean_backlog;	/* on ingress, ns */
+	__u64 mean_ns;		/* when the means were taken */
 } __cacheline_aligned;
 
 /*
@@ -104,23 +105,40 @@ static __always_inline __u64 fair_rate(const struct bpfrl_limit *limit, __s64 ba
 	return max(power, harmonic) + 1;
 }
 
-/*
- * The mean backlog of about the last half second, taken where it is asked for: as a
- * low pass of first order, for which a longer silence counts as a quarter of that.
- */
-static __always_inline __s64 mean_backlog(struct clock *clock, __s64 backlog, __u64 now)
+/* A low pass of first order: what a mean becomes when a value has lasted for some ns.
+ * Coarser than ns, for 64 bits. */
+static __always_inline __s64 averaged(__s64 mean, __s64 value, __u64 elapsed)
 {
-	__s64 mean = READ_ONCE(clock->mean_backlog);
-	__u64 elapsed = now - READ_ONCE(clock->mean_ns);
+	return mean + (((value - mean) * (__s64)(elapsed >> MEAN_COARSE)) >>
+		       (MEAN_SHIFT - MEAN_COARSE));
+}
 
-	if (elapsed < MEAN_STEP_NS || (__s64)elapsed < 0)
-		return mean;
-	elapsed = min(elapsed, 1ULL << (MEAN_SHIFT - 2));
-	/* Coarser than ns, for 64 bits. */
-	mean += ((backlog - mean) * (__s64)(elapsed >> MEAN_COARSE)) >> (MEAN_SHIFT - MEAN_COARSE);
-	WRITE_ONCE(clock->mean_ns, now);
-	WRITE_ONCE(clock->mean_backlog, mean);
-	return mean;
+/*
+ * The fair rate for those who follow it only a round trip later: it falls at once and
+ * rises by no more than an eighth above its mean. Without that, several flows at
+ * 100 ms all rise together, and fall together. Only while the limit is not used up
+ * at all does the mean rise by itself.
+ */
+static __always_inline __u64 steady_rate(struct clock *clock, const struct bpfrl_limit *limit,
+					 __s64 backlog, __u64 now)
+{
+	__u64 fair = fair_rate(limit, backlog), mean = READ_ONCE(clock->mean_fair);
+	__u64 elapsed = now - READ_ONCE(clock->mean_ns);
+	__u64 steady = min(fair, mean + (mean >> 3));
+
+	if (elapsed > MEAN_STEP_NS && (__s64)elapsed > 0) {
+		/* A long silence says that the limit was not used, and little of the rest. */
+		__u64 rising = min(elapsed, 1ULL << MEAN_SHIFT);
+		__u64 lasting = min(elapsed, 1ULL << (MEAN_SHIFT - 2));
+		__s64 mean_backlog = READ_ONCE(clock->mean_backlog);
+
+		mean = backlog <= 0 ? averaged(mean, limit->fair_cap, rising) :
+				      averaged(mean, steady, lasting);
+		WRITE_ONCE(clock->mean_fair, max(mean, 1));
+		WRITE_ONCE(clock->mean_backlog, averaged(mean_backlog, backlog, lasting));
+		WRITE_ONCE(clock->mean_ns, now);
+	}
+	return unlikely(backlog < limit->reserve_ns) ? fair : steady;
 }
 
 #endif /* BPFRL_CLOCK_H */

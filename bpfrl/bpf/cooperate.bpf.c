@@ -33,6 +33,10 @@
 
 #define TCP_FLAG_ACK 0x10
 
+/* One packet a second, byte/s: what is slower is left to the window, for a pacing timer
+ * that has begun ends when it was told to. */
+#define LEAST_RATE 1500
+
 struct rate_option {
 	__u8 kind;
 	__u8 length;
@@ -61,7 +65,7 @@ static __always_inline void follow(struct bpf_sock_ops *ops)
 	socket = socket_of(ops, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!socket)
 		return;
-	rate = (__u64)bpf_ntohl(option.rate) << OFFER_SHIFT;
+	rate = max((__u64)bpf_ntohl(option.rate) << OFFER_SHIFT, LEAST_RATE);
 	if (!socket->asked)
 		add_flags(ops, BPF_SOCK_OPS_RTT_CB_FLAG);
 	heed_application(ops, socket);

@@ -100,7 +100,7 @@ def attached(bpffs: Path) -> list[int]:
 
 
 def sweep(bpffs: Path) -> list[int]:
-    """Remove what is left of cooperations that were cut off on their way, or whose cgroups are gone; return their ids."""
+    """Remove what is left of cooperations that were cut off on their way, or whose cgroups are gone; their ids."""
     swept = []
     for folder, number in _folders(bpffs):
         if not _attached_to(folder):

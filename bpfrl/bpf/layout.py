@@ -14,7 +14,7 @@ SHIFT_BITS: Final = 6
 RATIO_SHIFT: Final = 24
 # What only the programs read: the clocks with their mean, and struct bpfrl_socket.
 STATE_BYTES: Final = 128
-SOCKET_BYTES: Final = 96
+SOCKET_BYTES: Final = 88
 EGRESS: Final = 0
 INGRESS: Final = 1
 

@@ -53,9 +53,6 @@
 #define SHARE_TOLERANCE_NS 5000000ULL
 #define SHARE_TOLERANCE_BYTES 6000ULL
 
-/* So often a socket is asked whether its application has set a pacing rate. */
-#define HEED_SEGMENTS 16
-
 /* A receive window has at least so many segments, or ACKs would wait for more;
  * and it is less than 16 MB, for which the window scale is 8: windows then are
  * multiples of 256 byte. */
@@ -205,11 +202,18 @@ int bpfrl_ingress(struct __sk_buff *skb)
 	return judge(skb, BPFRL_INGRESS);
 }
 
-static __always_inline __u64 fair_now(enum bpfrl_direction direction)
+/* The backlog as a packet would find it that came now. */
+static __always_inline __s64 backlog_now(enum bpfrl_direction direction, __u64 now)
 {
 	const struct bpfrl_limit *limit = &limits.direction[direction];
 
-	return fair_rate(limit, backlog_at(&clocks[direction], limit, bpf_ktime_get_ns()));
+	return max(backlog_at(&clocks[direction], limit, now), -limit->burst_ns);
+}
+
+static __always_inline __u64 fair_now(enum bpfrl_direction direction)
+{
+	return fair_rate(&limits.direction[direction],
+			 backlog_now(direction, bpf_ktime_get_ns()));
 }
 
 /* The storage of a TCP socket, which from now on is this limiter's to set. */
@@ -235,15 +239,14 @@ static __always_inline void pace_segment(struct bpf_sock_ops *ops, struct bpfrl_
 	const struct bpfrl_limit *limit = &limits.direction[BPFRL_EGRESS];
 	struct clock *clock = &clocks[BPFRL_EGRESS];
 	__u64 fair = fair_now(BPFRL_EGRESS);
-	__u64 mean = READ_ONCE(clock->mean_fair);
+	__u64 mean = READ_ONCE(clock->mean_fair), counted = min(fair, limit->fair_cap);
 	__u64 let_up;
 
-	mean = mean ? mean - (mean >> 3) + (min(fair, limit->fair_cap) >> 3) : fair;
+	mean = mean ? mean - (mean >> 3) + (counted >> 3) : counted;
 	WRITE_ONCE(clock->mean_fair, mean);
 	let_up = max(fair, min(mean + (mean >> 2), limit->fair_cap));
 
-	if (socket->segments++ % HEED_SEGMENTS == 0)
-		heed_application(ops, socket);
+	heed_application(ops, socket);
 	socket->fair = pacing_rate(fair);
 	pace(ops, socket);
 	if (let_up > fair) {
@@ -318,11 +321,11 @@ static __always_inline void open_window(struct bpf_sock_ops *ops, struct bpfrl_s
 	const struct bpfrl_limit *limit = &limits.direction[BPFRL_INGRESS];
 	struct clock *clock = &clocks[BPFRL_INGRESS];
 	__u64 now = bpf_ktime_get_ns();
-	__s64 backlog = backlog_at(clock, limit, now);
-	bool ahead = is_ahead(ops, socket, limit, mean_backlog(clock, backlog, now), now);
+	__s64 backlog = backlog_now(BPFRL_INGRESS, now);
 	__u64 rtt_us = min(ops->srtt_us >> 3, RTT_CEILING_US);
 	__u64 least = WINDOW_FLOOR * (__u64)ops->mss_cache;
-	__u64 fair = fair_rate(limit, backlog);
+	__u64 fair = steady_rate(clock, limit, backlog, now);
+	bool ahead = is_ahead(ops, socket, limit, READ_ONCE(clock->mean_backlog), now);
 	__u64 window = fair * (rtt_us + RTT_SLACK_US) / USEC_PER_SEC;
 	__u32 current, value;
 

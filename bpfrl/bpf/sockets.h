@@ -18,7 +18,6 @@ struct bpfrl_socket {
 	__u32 pacing;		/* what was set in its place, byte/s; 0: nothing */
 	__u32 fair;		/* what the limiter lets it send, byte/s; 0: no limit */
 	__u32 asked;		/* what its receiver asks it to send, byte/s; 0: nothing */
-	__u32 segments;		/* how often it has been paced */
 	__u32 cwnd;		/* limit of the congestion window that was set, segments; 0: none */
 	__u32 silent;		/* round trips since its receiver has asked */
 	__u32 own_window;	/* TCP_WINDOW_CLAMP as the kernel or the application had it, byte */
@@ -27,7 +26,6 @@ struct bpfrl_socket {
 	__u32 offered_at;	/* what the last ACK that said so has acknowledged */
 	__u32 offers;		/* how many of them have gone since there was a doubt */
 	__u32 doubts;		/* how often they seem not to have arrived */
-	__u32 unused;
 	__u64 acked_ns;		/* when the last ACK left */
 	__u64 received;		/* bytes that have come when the last ACK left */
 	__u64 share_tat;	/* the clock of what this socket may receive */
@@ -49,10 +47,9 @@ struct {
 
 /* Smallest window that keeps fast retransmit alive, segments. */
 #define CWND_FLOOR 4
-/* The window's limit is in the way only below this RTT, where the kernel
- * inflates TSO bursts (tcp_tso_rtt_log); above it is at least CWND_FAR. */
+/* The window's limit is of use only below this RTT, where the kernel inflates TSO
+ * bursts (tcp_tso_rtt_log). */
 #define CWND_NEAR_US 4000
-#define CWND_FAR 4096
 #define RTT_CEILING_US 1000000ULL
 #define RTT_SLACK_US 1000
 
@@ -99,7 +96,8 @@ static __always_inline void pace(void *context, struct bpfrl_socket *socket)
 {
 	/* 0 is the highest here. */
 	__u32 limit = min(socket->fair - 1, socket->asked - 1);
-	__u32 value = min(limit, socket->own_pacing);
+	/* To the kernel, 0 is no pacing at all. */
+	__u32 value = max(min(limit, socket->own_pacing), 1);
 
 	if (value != socket->pacing &&
 	    !bpf_setsockopt(context, SOL_SOCKET, SO_MAX_PACING_RATE, &value, sizeof(value)))
@@ -109,26 +107,28 @@ static __always_inline void pace(void *context, struct bpfrl_socket *socket)
 /*
  * Below a few ms of RTT, tcp_tso_autosize() makes bursts of up to 64 KB out of
  * any rate. A window of about two round trips keeps them small. The option
- * also writes ssthresh, so it is set only when the window has moved by half.
+ * also writes ssthresh: so it is set only when the window has moved by half, and never
+ * where RTTs are longer, for it would turn recovery from a loss into slow start.
  */
 static __always_inline void clamp_cwnd(struct bpf_sock_ops *ops, struct bpfrl_socket *socket,
 				       __u64 rate)
 {
-	__u64 rtt_us = min(ops->srtt_us >> 3, RTT_CEILING_US);
+	__u64 rtt_us = ops->srtt_us >> 3;
 	__u64 mss = ops->mss_cache;
 	__u64 segments;
 	int value;
 
-	if (!mss)
+	if (!mss || !rtt_us || (rtt_us >= CWND_NEAR_US && !socket->cwnd))
 		return;
-	segments = rate * (2 * rtt_us + RTT_SLACK_US) / (USEC_PER_SEC * mss);
-	segments = max(segments, rtt_us < CWND_NEAR_US ? CWND_FLOOR : CWND_FAR);
+	segments = CWND_UNLIMITED;
+	if (rtt_us < CWND_NEAR_US)
+		segments = max(rate * (2 * rtt_us + RTT_SLACK_US) / (USEC_PER_SEC * mss), CWND_FLOOR);
 	if (socket->cwnd && segments <= socket->cwnd + (socket->cwnd >> 1) &&
 	    segments >= socket->cwnd >> 1)
 		return;
 	value = min(segments, CWND_UNLIMITED);
 	if (!bpf_setsockopt(ops, SOL_TCP, TCP_BPF_SNDCWND_CLAMP, &value, sizeof(value)))
-		socket->cwnd = value;
+		socket->cwnd = value < CWND_UNLIMITED ? value : 0;
 }
 
 /* One of those who have a say has none any more: sockops or an iterator is here

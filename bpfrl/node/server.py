@@ -135,8 +135,11 @@ class NodeService(NodeServicer):
     def _tend_cooperation(self) -> None:
         if self._cooperate:
             for path in self._tree.tops():
-                if self._agent.cooperate(path):
-                    log.info("senders below %s keep to what limited receivers ask for", path)
+                try:
+                    if self._agent.cooperate(path):
+                        log.info("senders below %s keep to what limited receivers ask for", path)
+                except BpfrlError as error:
+                    log.warning("senders below %s do not cooperate: %s", path, error)
             return
         for cgroup_id in self._agent.cooperating():
             self._agent.stop_cooperating(cgroup_id)

@@ -1,20 +1,27 @@
-"""What the master's tests play with: pods, a sink, a node in memory, and an API server on loopback."""
+"""What tests play with: pods, a sink, a node in memory, an API server on loopback, and the kernel's side of BPF."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
+import os
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from ctypes import Structure, sizeof
+from pathlib import Path
+from typing import Any, Self, TypeVar
 from unittest.mock import patch
 
+import pytest
 from aiohttp import web
 from kubernetes.aio.client import ApiClient, Configuration
 
-from bpfrl.bpf.layout import Counters
+from bpfrl.bpf import cooperation, generator, libbpf, limiter, sockets
+from bpfrl.bpf.layout import Counters, CountersData, IdentityData
+from bpfrl.bpf.libbpf import AttachType, Descriptor, Linked, MapShape, Shape
 from bpfrl.bpf.limiter import Broken, Status
-from bpfrl.errors import RefusedError, UnreachableError
+from bpfrl.errors import InvalidObjectError, KernelError, PermissionDeniedError, RefusedError, UnreachableError
 from bpfrl.limits import Change, Limits, PodRef
 from bpfrl.master.events import Reason, Recorder, Report
 from bpfrl.master.pods import Pod
@@ -283,3 +290,173 @@ async def client_of(url: str) -> AsyncIterator[ApiClient]:
         yield client
     finally:
         await client.close()  # type: ignore[no-untyped-call]
+
+
+class Thing(Descriptor):
+    """A map, a program or a link, open; its pins are files that say which it is."""
+
+    def __init__(self, kind: str, identifier: int) -> None:
+        super().__init__(os.memfd_create(f"played-{kind}"))
+        self.kind = kind
+        self.identifier = identifier
+
+    def pin(self, path: Path) -> None:
+        path.write_text(f"{self.kind} {self.identifier}")
+
+
+class Kernel:
+    """The kernel's side of BPF: :meth:`play` puts it in the place of the real one.
+
+    Attributes:
+        links: the cgroup's id of each link, 0 for one that is detached.
+        running: the tag of each link's program, as far as it was replaced or attached.
+        programs: the programs that were asked for, by name.
+        tag_now: the tag of what is loaded from now on.
+        tags: each program's.
+        values: what is in each map.
+        shapes: how each map is made.
+        loaded: each object that was loaded: its bytes, and the maps that were to be taken.
+        refused: the calls that fail, by name.
+    """
+
+    def __init__(self) -> None:
+        self.links: dict[int, int] = {}
+        self.running: dict[int, bytes] = {}
+        self.programs: list[str] = []
+        self.tag_now = b"\1" * 8
+        self.tags: dict[int, bytes] = {}
+        self.values: dict[int, bytes] = {}
+        self.shapes: dict[int, MapShape] = {}
+        self.loaded: list[tuple[bytes, dict[str, int]]] = []
+        self.refused: set[str] = set()
+        self.numbers = itertools.count(1)
+
+    def play(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Stand in for the real one."""
+        for name in (
+            *("open_pinned", "linked", "attach", "detach", "replace"),
+            *("tag", "has_shape", "read", "read_per_cpu", "write"),
+        ):
+            monkeypatch.setattr(libbpf, name, getattr(self, name))
+        for module in (cooperation, limiter, sockets):
+            monkeypatch.setattr(module, "LoadedObject", self.load)
+
+    def load(self, image: bytes, reuse: dict[str, Thing] | None = None, shape: Shape | None = None) -> LoadedThings:
+        self._check("load")
+        return LoadedThings(self, image, reuse or {}, shape)
+
+    def make(self, kind: str) -> Thing:
+        """Something new."""
+        return Thing(kind, next(self.numbers))
+
+    def open_pinned(self, path: Path) -> Thing:
+        if path.is_dir():  # EACCES
+            raise PermissionDeniedError(f"cannot open {path}: this needs root")
+        try:
+            kind, number = path.read_text().split()
+        except (OSError, ValueError) as error:
+            raise KernelError(f"cannot open {path}: played") from error
+        return Thing(kind, int(number))
+
+    def linked(self, link: Thing) -> Linked:
+        if link.kind != "link":
+            raise KernelError("a pin that should be a link to a cgroup is something else")
+        return Linked(self.links[link.identifier], link.identifier)
+
+    def attach(self, program: Thing, target: int, kind: AttachType) -> Thing:  # noqa: ARG002
+        self._check("attach")
+        link = self.make("link")
+        self.links[link.identifier] = os.fstat(target).st_ino
+        self.running[link.identifier] = self.tags[program.identifier]
+        return link
+
+    def detach(self, link: Thing) -> None:
+        self.links[link.identifier] = 0
+
+    def replace(self, link: Thing, program: Thing) -> None:
+        self.running[link.identifier] = self.tags[program.identifier]
+
+    def tag(self, program: Thing) -> bytes:
+        return self.tags[program.identifier]
+
+    def read(self, array: Thing, _: int, kind: type[Structure]) -> Structure:
+        value = self.values[array.identifier]
+        if len(value) != sizeof(kind):
+            raise KernelError(f"a map has values of {len(value)} byte where {sizeof(kind)} were expected")
+        return kind.from_buffer_copy(value)
+
+    def read_per_cpu(self, *_: object) -> list[CountersData]:
+        return [CountersData()]
+
+    def write(self, array: Thing, _: int, value: Structure) -> None:
+        self.values[array.identifier] = bytes(value)
+
+    def has_shape(self, descriptor: Thing, shape: MapShape) -> bool:
+        return self.shapes.get(descriptor.identifier) == shape
+
+    def attached_to(self, cgroup_id: int) -> list[int]:
+        """The links to a cgroup."""
+        return [link for link, attached in self.links.items() if attached == cgroup_id]
+
+    @staticmethod
+    def left_open() -> list[str]:
+        """Descriptors that nobody has closed."""
+        found = []
+        for number in os.listdir("/proc/self/fd"):
+            try:
+                found.append(str(Path("/proc/self/fd", number).readlink()))
+            except OSError:  # the one that lists them
+                continue
+        return [name for name in found if "played-" in name]
+
+    def _check(self, name: str) -> None:
+        if name in self.refused:
+            raise KernelError(f"cannot {name}: played")
+
+
+class LoadedThings:
+    """An object in that kernel."""
+
+    def __init__(self, kernel: Kernel, image: bytes, reuse: dict[str, Thing], shape: Shape | None) -> None:
+        self._kernel = kernel
+        self._things: dict[str, Thing] = {}
+        self._maps = {name: thing.identifier for name, thing in reuse.items()}
+        self._image = image
+        self._shape = shape
+        kernel.loaded.append((image, dict(self._maps)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for thing in self._things.values():
+            os.close(thing.number)
+
+    def program(self, name: str) -> Thing:
+        if name not in self._things:
+            self._things[name] = self._kernel.make("program")
+            self._kernel.programs.append(name)
+        thing = self._things[name]
+        self._kernel.tags[thing.identifier] = self._kernel.tag_now
+        return thing
+
+    def map(self, name: str) -> Thing:
+        if name in self._things:
+            return self._things[name]
+        if name in self._maps:
+            self._things[name] = Thing("map", self._maps[name])
+        else:
+            thing = self._things[name] = self._kernel.make("map")
+            if name == sockets.STORAGE:
+                self._kernel.shapes[thing.identifier] = sockets.SHAPE
+            self._kernel.values[thing.identifier] = self._content(name)
+        return self._things[name]
+
+    def _content(self, name: str) -> bytes:
+        try:
+            contents = generator.inspect(self._image)
+        except InvalidObjectError:
+            return b""
+        if name == ".data.limits":
+            return bytes(contents.data)
+        return self._image[contents.identity_at :][: sizeof(IdentityData)] if name == ".rodata.identity" else b""

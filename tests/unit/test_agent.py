@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from bpfrl import cgroup
-from bpfrl.bpf import generator, law, libbpf, limiter
-from bpfrl.bpf.layout import Counters, LimitsData
+from bpfrl.bpf import cooperation, generator, law, libbpf, limiter
+from bpfrl.bpf.layout import Counters, IdentityData, LimitsData
 from bpfrl.bpf.limiter import Broken, Status
 from bpfrl.errors import (
     AlreadyLimitedError,
@@ -76,23 +76,27 @@ class Pinned:
         self.pod = pod
         self.build = build or generator.inspect(generator.generate(None, SLOW)).build
         self.cgroup_id = cgroup.id_of(path)
-        self._data = law.encode(limits)
+        self.data = law.encode(limits)
         self.done: list[object] = []
 
-    @property
-    def data(self) -> LimitsData:
-        return self._data
-
-    @data.setter
-    def data(self, data: LimitsData) -> None:
-        self._data = data
+    def change(self, data: LimitsData) -> bool:
+        if bytes(self.data) == bytes(data):
+            return False
+        self.data = data
         self.done.append(law.decode(data))
+        return True
 
     def upgrade(self, image: bytes) -> None:
-        self.done.append(generator.inspect(image).pod)
+        identity = identity_of(image)
+        assert identity.cgroup == self.cgroup_id
+        self.done.append(generator.read_identity(identity))
 
 
-Installed = list[tuple[generator.Contents, Path, Path]]
+def identity_of(image: bytes) -> IdentityData:
+    return IdentityData.from_buffer_copy(image, generator.inspect(image).identity_at)
+
+
+Installed = list[tuple[bytes, Path, Path]]
 Plays = Callable[[Pinned | None], Installed]
 
 
@@ -106,7 +110,7 @@ def plays(monkeypatch: pytest.MonkeyPatch) -> Plays:
         monkeypatch.setattr(
             limiter,
             "install",
-            lambda image, path, folder, _: installed.append((generator.inspect(image), path, folder)),
+            lambda image, path, folder, _: installed.append((image, path, folder)),
         )
         return installed
 
@@ -119,9 +123,18 @@ def plays(monkeypatch: pytest.MonkeyPatch) -> Plays:
 def test_a_pod_without_a_limiter_gets_one_that_carries_its_name(here: Agent, tmp_path: Path, plays: Plays) -> None:
     installed = plays(None)
     assert here.attach(generator.generate(None, SLOW), POD, tmp_path) is Change.ATTACHED
-    [(contents, path, folder)] = installed
+    [(image, path, folder)] = installed
+    contents = generator.inspect(image)
     assert (contents.pod, contents.limits) == (POD, SLOW)
     assert (path, folder) == (tmp_path, here.bpffs / UID)
+
+
+def test_a_new_limiter_knows_the_cgroup_whose_sockets_are_its_own(here: Agent, tmp_path: Path, plays: Plays) -> None:
+    installed = plays(None)
+    pods = [make(tmp_path / name) for name in ("one", "other")]
+    for pod in pods:
+        here.attach(generator.generate(None, SLOW), POD, pod)
+    assert [identity_of(image).cgroup for image, _, _ in installed] == [cgroup.id_of(pod) for pod in pods]
 
 
 def test_a_pod_that_was_made_again_gets_a_new_limiter(here: Agent, tmp_path: Path, plays: Plays) -> None:
@@ -138,7 +151,8 @@ def test_a_pod_that_was_made_again_gets_a_new_limiter(here: Agent, tmp_path: Pat
         (SLOW, FAST, POD, Change.UPDATED, [FAST]),
         (FAST, SLOW, PodRef(UID), Change.UPDATED, [SLOW]),
         (FAST, Limits(FAST.egress, FAST.ingress), POD, Change.UPDATED, [Limits(FAST.egress, FAST.ingress)]),
-        (SLOW, SLOW, PodRef(UID, "shop", "renamed"), Change.UPDATED, [PodRef(UID, "shop", "renamed"), SLOW]),
+        (SLOW, SLOW, PodRef(UID, "shop", "renamed"), Change.UPDATED, [PodRef(UID, "shop", "renamed")]),
+        (SLOW, FAST, PodRef(UID, "shop", "renamed"), Change.UPDATED, [PodRef(UID, "shop", "renamed"), FAST]),
     ],
 )
 def test_a_limiter_that_is_there_is_changed_in_place_and_only_as_far_as_needed(
@@ -631,6 +645,114 @@ def test_sweeping_where_nothing_is_mounted_finds_nothing(nowhere: Agent) -> None
     assert nowhere.sweep() == []
 
 
+# Cooperation: one lock and one bpffs with the limiters; test_cooperation.py has what is done under it.
+
+Cooperation = list[tuple[object, ...]]
+
+
+@pytest.fixture
+def cooperates(here: Agent, monkeypatch: pytest.MonkeyPatch) -> Cooperation:
+    """What was done for cooperation, and with which lock held."""
+    calls: Cooperation = []
+
+    def held() -> str:
+        try:
+            with locked(here.bpffs, fcntl.LOCK_SH | fcntl.LOCK_NB):
+                return "shared"
+        except BlockingIOError:
+            return "exclusive"
+
+    def play(name: str, answer: object) -> None:
+        def played(*arguments: object) -> object:
+            calls.append((name, *arguments, held()))
+            return answer
+
+        monkeypatch.setattr(cooperation, name, played)
+
+    for name, answer in (("attach", True), ("detach", True), ("attached", [7, 8]), ("sweep", [9])):
+        play(name, answer)
+    return calls
+
+
+def test_cooperation_is_changed_by_one_and_looked_at_by_many(
+    here: Agent, tmp_path: Path, cooperates: Cooperation
+) -> None:
+    assert here.cooperate(tmp_path) is True
+    assert here.stop_cooperating(7) is True
+    assert here.cooperating() == [7, 8]
+    assert cooperates == [
+        ("attach", tmp_path, here.bpffs, "exclusive"),
+        ("detach", 7, here.bpffs, "exclusive"),
+        ("attached", here.bpffs, "shared"),
+    ]
+
+
+def test_sweeping_clears_away_what_is_left_of_cooperation_too_and_names_pods_only(
+    here: Agent, cooperates: Cooperation
+) -> None:
+    assert here.sweep() == []
+    assert cooperates == [("sweep", here.bpffs, "exclusive")]
+
+
+def test_sweeping_goes_on_past_cooperation_that_something_else_made(
+    here: Agent, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(here.bpffs / "cooperation-7" / "theirs")
+    make(here.bpffs / UID)
+    monkeypatch.setattr(here, "_look", {UID: status(UID, 0)}.__getitem__)
+    assert here.sweep() == [UID]
+    assert [path.name for path in here.bpffs.iterdir()] == ["cooperation-7"]
+    assert "cannot sweep" in caplog.text
+
+
+def test_cooperation_is_no_limiter(here: Agent) -> None:
+    make(here.bpffs / "cooperation-7")
+    make(here.bpffs / "cooperation-7~new")
+    assert here.limiters() == []
+
+
+def test_where_nothing_is_mounted_nobody_cooperates_and_nothing_is_mounted_for_it(
+    nowhere: Agent, tmp_path: Path
+) -> None:
+    make(nowhere.bpffs / "cooperation-7")
+    for agent in (nowhere, Agent(tmp_path / "absent")):
+        assert agent.cooperating() == []
+        assert agent.stop_cooperating(7) is False
+    assert (nowhere.bpffs / "cooperation-7").exists()
+    assert not nowhere.is_mounted()
+
+
+def test_cooperation_mounts_a_bpffs_first(here: Agent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def attach(*_: object) -> bool:
+        done.append("attach")
+        return False
+
+    monkeypatch.setattr(here, "mount", lambda: done.append("mount"))
+    monkeypatch.setattr(cooperation, "attach", attach)
+    assert here.cooperate(tmp_path) is False
+    assert done == ["mount", "attach"]
+
+
+@pytest.mark.parametrize("error", [KernelError("cannot attach: No such device"), OSError(2, "No such file")])
+def test_a_cgroup_that_goes_while_it_begins_to_cooperate_is_told_from_other_trouble(
+    here: Agent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    pods = make(tmp_path / "kubepods")
+
+    def attach(*_: object) -> bool:
+        raise error
+
+    monkeypatch.setattr(cooperation, "attach", attach)
+    with pytest.raises(type(error)) as caught:
+        here.cooperate(pods)
+    assert caught.value is error
+    pods.rmdir()
+    with pytest.raises(CgroupNotFoundError, match=f"^{pods} has gone"):
+        here.cooperate(pods)
+
+
 # Locks: lookers do not disturb each other, and nobody looks at a change half done.
 
 
@@ -713,6 +835,9 @@ def test_the_limiters_of_a_bpffs_that_one_may_not_enter_need_root(here: Agent, m
         lambda: here.detach(UID),
         lambda: here.update(UID, SLOW),
         lambda: here.runs(POD, here.bpffs, b""),
+        lambda: here.cooperate(here.bpffs),
+        lambda: here.stop_cooperating(7),
+        here.cooperating,
     ):
         with pytest.raises(PermissionDeniedError, match=f"^cannot open {here.bpffs}: this needs root$"):
             call()

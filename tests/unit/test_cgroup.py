@@ -96,6 +96,44 @@ def test_what_no_kubelet_makes_is_not_taken_for_the_pod(tmp_path: Path, folder: 
         tree(tmp_path, folder).find(UID)
 
 
+# What holds the pods of each layout, from above.
+TOPS = {
+    name: next(above for above in Path(pod).parents[::-1] if above.name.removesuffix(".slice").endswith("kubepods"))
+    for name, pod in LAYOUTS.items()
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_holds_all_pods_is_found_in_every_layout_of_the_kubelet(tmp_path: Path, layout: str) -> None:
+    assert tree(tmp_path, LAYOUTS[layout]).tops() == [tmp_path / TOPS[layout]]
+    assert CgroupTree(tmp_path / TOPS[layout]).tops() == [tmp_path / TOPS[layout]]
+
+
+def test_what_holds_all_pods_is_one_folder_whatever_the_classes(tmp_path: Path) -> None:
+    here = tree(tmp_path, *(folder for name, folder in LAYOUTS.items() if name.startswith(("systemd", "cgroupfs"))))
+    found = here.tops()
+    assert len(found) == len(set(found))
+    assert set(found) == {tmp_path / top for name, top in TOPS.items() if name.startswith(("systemd", "cgroupfs"))}
+
+
+def test_where_no_pods_are_nothing_holds_them(tmp_path: Path) -> None:
+    assert tree(tmp_path, "system.slice/backup.service", "mykubepods", "burstable").tops() == []
+
+
+def test_what_a_pod_makes_below_itself_holds_no_pods(tmp_path: Path) -> None:
+    here = tree(tmp_path, f"{LAYOUTS['systemd burstable']}/x/kubepods/pod{OTHER_UID}")
+    assert here.tops() == [tmp_path / "kubepods.slice"]
+
+
+def test_what_holds_all_pods_may_come_later_and_go(tmp_path: Path) -> None:
+    here = CgroupTree(tmp_path)
+    assert here.tops() == []
+    top = make(tmp_path / "kubepods")
+    assert here.tops() == [top]
+    top.rmdir()
+    assert here.tops() == []
+
+
 def test_a_file_is_no_cgroup(tmp_path: Path) -> None:
     make(tmp_path / "kubepods").joinpath(f"pod{UID}").touch()
     with pytest.raises(CgroupNotFoundError, match="no cgroup"):

@@ -180,6 +180,53 @@ USAGE_ERRORS: dict[str, tuple[tuple[str, ...], str]] = {
     "detach: all and one": (("detach", "--all", *POD), "use one of --pod-uid UID, --cgroup PATH and --all"),
     "detach: a pod and a cgroup": (("detach", "--cgroup", "/x", *POD), "use one of"),
     "detach: no UID": (("detach", "--pod-uid", "web"), "'web' is no pod UID"),
+    **{
+        f"attach: cooperation and {' '.join(others) or 'nowhere'}": (
+            ("attach", "--cooperate", *others),
+            "bpfrl attach: --cooperate goes with --cgroup, the one that holds all pods, and nothing else",
+        )
+        for others in (
+            (),
+            POD,
+            ("--rate", "1M"),
+            ("--cgroup", "/x", *POD),
+            ("--cgroup", "/x", *POD, "--pod-name", "a/b"),
+            ("--cgroup", "/x", "--rate", "1M"),
+            ("--cgroup", "/x", "--egress", "1M"),
+            ("--cgroup", "/x", "--ingress", "1M"),
+            ("--cgroup", "/x", "--burst", "64Ki"),
+            ("--cgroup", "/x", "--object", "/dev/null"),
+            ("--cgroup", "/x", "--wait", "1"),
+            ("--cgroup", "/x", "--dry-run"),
+        )
+    },
+    "attach: cooperation of a name alone": (
+        ("attach", "--cooperate", "--cgroup", "/x", "--pod-name", "a/b"),
+        "--pod-name goes with --pod-uid",
+    ),
+    "attach: cooperation of no cgroup": (
+        ("attach", "--cooperate", "--cgroup", "/nonexistent"),
+        "'/nonexistent' is no cgroup: No such file or directory",
+    ),
+    **{
+        f"detach: cooperation and {' '.join(others) or 'nowhere'}": (
+            ("detach", "--cooperate", *others),
+            "bpfrl detach: --cooperate goes with --cgroup, as at bpfrl attach, and nothing else",
+        )
+        for others in (
+            (),
+            POD,
+            ("--all",),
+            ("--all", *POD),
+            ("--cgroup", "/x", *POD),
+            ("--cgroup", "/x", "--all"),
+        )
+    },
+    "detach: cooperation of no cgroup": (
+        ("detach", "--cooperate", "--cgroup", "/nonexistent"),
+        "'/nonexistent' is no cgroup: No such file or directory",
+    ),
+    "cooperation with a value": (("attach", "--cooperate=yes", "--cgroup", "/x"), "does not take a value"),
     "list: no such form": (("list", "-o", "xml"), "'xml' is not one of 'table', 'wide', 'json', 'yaml', 'name'"),
     "list: watching json": (("list", "-w", "-o", "json"), "--watch draws tables: it does not go with -o json"),
 }
@@ -192,7 +239,10 @@ def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         pytest.fail("the agent was asked")
 
-    for method in ("attach", "detach", "limiters", "sweep"):
+    for method in (
+        *("attach", "detach", "detach_cgroup", "limiters", "sweep"),
+        *("cooperate", "stop_cooperating", "cooperating", "mount"),
+    ):
         monkeypatch.setattr(Agent, method, fail)
 
 
@@ -600,6 +650,43 @@ def test_detach_does_the_others_when_one_cannot_be_done(detached: Detached, argu
     assert result.stderr == "bpfrl: this was not made by bpfrl\n"
 
 
+@pytest.mark.parametrize(
+    ("command", "method", "before", "said"),
+    [
+        ("attach", "cooperate", False, "cooperates"),
+        ("attach", "cooperate", True, "unchanged"),
+        ("detach", "stop_cooperating", True, "cooperates no more"),
+        ("detach", "stop_cooperating", False, "does not cooperate"),
+    ],
+)
+def test_cooperation_begins_and_ends_on_the_cgroup_that_is_named(
+    cgroups: Path, monkeypatch: pytest.MonkeyPatch, command: str, method: str, said: str, *, before: bool
+) -> None:
+    pods = cgroups / "kubepods"
+    asked: list[object] = []
+
+    def change(agent: Agent, what: object) -> bool:
+        asked.append((agent.bpffs, what))
+        return before is (command == "detach")
+
+    monkeypatch.setattr(Agent, method, change)
+    text = success(run("--bpffs", "/b", command, "--cooperate", "--cgroup", pods))
+    assert text == f"{pods} {said}\n"
+    assert asked == [(Path("/b"), pods if command == "attach" else pods.stat().st_ino)]
+
+
+@pytest.mark.parametrize(("command", "method"), [("attach", "cooperate"), ("detach", "stop_cooperating")])
+def test_cooperation_that_the_kernel_refuses_is_one_line(
+    cgroups: Path, monkeypatch: pytest.MonkeyPatch, command: str, method: str
+) -> None:
+    def fail(*_: object) -> bool:
+        raise KernelError("cannot attach (cgroup_sock_ops): played")
+
+    monkeypatch.setattr(Agent, method, fail)
+    line = failure(run(command, "--cooperate", "--cgroup", cgroups / "kubepods"), 1)
+    assert line == "bpfrl: cannot attach (cgroup_sock_ops): played"
+
+
 # List.
 
 
@@ -619,7 +706,7 @@ def test_list_draws_a_table_that_is_whole_where_it_is_piped() -> None:
     assert web.split()[:4] == [UID, "shop/cart-0", "10mbit", "1.50M"]
     assert broken == f"broken: {STATIC_UID}: {BROKEN.reason}"
     assert "CGROUP" not in header
-    assert success(run("list", "-o", "wide")).splitlines()[0].split()[-2:] == ["BURST", "CGROUP"]
+    assert success(run("list", "-o", "wide")).splitlines()[0].split()[-3:] == ["PACED", "BURST", "CGROUP"]
 
 
 @pytest.mark.usefixtures("listed")
@@ -627,6 +714,7 @@ def test_list_writes_json_yaml_and_names_for_programs() -> None:
     items = json.loads(success(run("list", "-o", "json")))["items"]
     assert [item["uid"] for item in items] == [UID, STATIC_UID]
     assert items[0]["egress"]["passed_bytes"] == 1_500_000
+    assert items[0]["paced"] == "all"
     assert [item["uid"] for item in yaml.safe_load(success(run("list", "-o", "yaml")))["items"]] == [UID, STATIC_UID]
     assert success(run("list", "-o", "name")) == f"pod/{UID}\npod/{STATIC_UID}\n"
 

@@ -40,6 +40,7 @@ class Served:
     """What a daemon was asked to serve with."""
 
     arguments: tuple[Any, ...]
+    options: dict[str, Any]
 
 
 @pytest.fixture
@@ -47,8 +48,8 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Served]:
     """Daemons that end as soon as they have begun."""
     calls: list[Served] = []
 
-    async def serve(*arguments: object) -> None:
-        calls.append(Served(arguments))
+    async def serve(*arguments: object, **options: object) -> None:
+        calls.append(Served(arguments, options))
 
     monkeypatch.setattr(bpfrl.node.daemon, "serve", serve)
     monkeypatch.setattr(bpfrl.master.daemon, "serve", serve)
@@ -262,6 +263,17 @@ def test_with_certificates_a_node_is_served_on_every_address(
 
 
 @pytest.mark.usefixtures("root_logger")
+@pytest.mark.parametrize(
+    ("typed", "cooperates"), [((), True), (("--cooperate",), True), (("--no-cooperate",), False)], ids=str
+)
+def test_a_nodes_pods_cooperate_unless_it_is_told_otherwise(
+    served: list[Served], typed: tuple[str, ...], *, cooperates: bool
+) -> None:
+    assert run("serve-node", "--insecure", "--listen", "127.0.0.1:0", *typed).exit_code == 0
+    assert [each.options for each in served] == [{"cooperate": cooperates}]
+
+
+@pytest.mark.usefixtures("root_logger")
 def test_a_master_gets_what_was_typed(served: list[Served], pki: Path, tmp_path: Path) -> None:
     options = ("--node-port", "1", "--resync", "2", "--no-leader-elect", "--lease-duration", "3")
     assert run("serve-master", "--manifests", tmp_path, "--certs", pki / "master", *options).exit_code == 0
@@ -269,6 +281,7 @@ def test_a_master_gets_what_was_typed(served: list[Served], pki: Path, tmp_path:
         run("serve-master", "--kubeconfig", "x", "--context", "y", "--lease-namespace", "z", "--insecure").exit_code
         == 0
     )
+    assert [each.options for each in served] == [{}, {}]
     first, second = (each.arguments[0] for each in served)
     assert first.certificates.folder == pki / "master"
     assert (first.manifests, first.kubeconfig, first.context) == (tmp_path, None, None)

@@ -49,8 +49,8 @@ def place(image: bytes, name: str) -> int:
     return int(section["sh_offset"])
 
 
-def relabelled(image: bytes, pod: PodRef) -> bytes:
-    return generator.relabel(image, generator.inspect(image), pod)
+def relabelled(image: bytes, pod: PodRef, cgroup_id: int = 0) -> bytes:
+    return generator.relabel(image, generator.inspect(image), pod, cgroup_id)
 
 
 def patched(image: bytes, at: int, data: bytes) -> bytes:
@@ -106,6 +106,14 @@ def test_a_relabelled_object_is_the_one_that_would_have_been_made_for_the_pod(im
     another = generator.generate(PodRef("f" * 32, "x" * 63, "y" * 253), LIMITS)
     assert generator.inspect(nobodys).pod is None
     assert relabelled(nobodys, POD) == relabelled(another, POD) == image
+
+
+@pytest.mark.parametrize("cgroup_id", [1, 4_711, 2**64 - 1])
+def test_a_relabelled_object_names_the_cgroup_and_differs_in_nothing_else(image: bytes, cgroup_id: int) -> None:
+    at = place(image, "identity") + IdentityData.cgroup.offset
+    assert image[at : at + 8] == bytes(8)
+    assert relabelled(image, POD, cgroup_id) == patched(image, at, cgroup_id.to_bytes(8, sys.byteorder))
+    assert relabelled(relabelled(image, POD, cgroup_id), POD) == image
 
 
 def test_a_relabelled_object_keeps_its_own_build(image: bytes) -> None:

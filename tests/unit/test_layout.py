@@ -1,4 +1,4 @@
-"""The structures of layout.py and limiter.h are one: compared through the BTF of the object that clang makes."""
+"""The structures of layout.py and the programs are one: compared through the BTF of the objects that clang makes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ import pytest
 from elftools.elf.elffile import ELFFile
 
 from bpfrl.bpf import generator, layout, limiter
-from bpfrl.bpf.layout import Counters, CountersData, IdentityData, LimitData, LimitsData
+from bpfrl.bpf.layout import Counters, CountersData, IdentityData, LimitData, LimitsData, VisitData
+from tests.unit import native
 
 STRUCTURES = {
     "bpfrl_limit": LimitData,
     "bpfrl_limits": LimitsData,
     "bpfrl_identity": IdentityData,
     "bpfrl_counters": CountersData,
+    "bpfrl_visit": VisitData,
 }
+OBJECTS = ("limiter.bpf.c", "sockets.bpf.c", "cooperate.bpf.c")
 
 Btf = dict[int, dict[str, Any]]
 
@@ -34,13 +37,23 @@ def image() -> bytes:
 
 
 @pytest.fixture(scope="module")
-def btf(image: bytes, tmp_path_factory: pytest.TempPathFactory) -> Btf:
+def types(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Btf]:
+    """The types of each of the objects."""
     bpftool = shutil.which("bpftool", path=os.pathsep.join((os.environ["PATH"], "/usr/sbin")))
     assert bpftool, "bpftool is not installed"
-    path = tmp_path_factory.mktemp("btf") / "limiter.o"
-    path.write_bytes(image)
-    dump = subprocess.run([bpftool, "btf", "dump", "file", path, "-j"], capture_output=True, check=True, text=True)
-    return {each["id"]: each for each in json.loads(dump.stdout)["types"]}
+    found = {}
+    for source in OBJECTS:
+        path = tmp_path_factory.mktemp("btf") / f"{source}.o"
+        path.write_bytes(generator.compile_object(source))
+        dump = subprocess.run([bpftool, "btf", "dump", "file", path, "-j"], capture_output=True, check=True, text=True)
+        found[source] = {each["id"]: each for each in json.loads(dump.stdout)["types"]}
+    return found
+
+
+@pytest.fixture
+def btf(types: dict[str, Btf]) -> Btf:
+    """The limiter's."""
+    return types["limiter.bpf.c"]
 
 
 @pytest.fixture
@@ -84,8 +97,9 @@ def python_shape(kind: Any) -> str:
 
 @pytest.mark.parametrize(("name", "structure"), STRUCTURES.items(), ids=STRUCTURES)
 def test_each_structure_has_the_same_fields_at_the_same_places_in_c_and_python(
-    btf: Btf, name: str, structure: type[ctypes.Structure]
+    types: dict[str, Btf], name: str, structure: type[ctypes.Structure]
 ) -> None:
+    btf = types["sockets.bpf.c" if structure is VisitData else "limiter.bpf.c"]
     in_c = struct(btf, name)
     fields = [(field["name"], field["bits_offset"] // 8, shape(btf, field["type_id"])) for field in in_c["members"]]
     in_python = [
@@ -95,10 +109,41 @@ def test_each_structure_has_the_same_fields_at_the_same_places_in_c_and_python(
     assert ctypes.sizeof(structure) == in_c["size"]
 
 
-def test_every_structure_that_user_space_reads_is_compared(btf: Btf) -> None:
-    shared = {each["name"] for each in btf.values() if each["kind"] == "STRUCT" and each["name"].startswith("bpfrl_")}
+def test_every_structure_that_user_space_reads_is_compared(types: dict[str, Btf]) -> None:
+    shared = {
+        each["name"]
+        for btf in types.values()
+        for each in btf.values()
+        if each["kind"] == "STRUCT" and each["name"].startswith("bpfrl_")
+    }
     # What a socket carries is the programs' own.
     assert shared - {"bpfrl_socket"} == set(STRUCTURES)
+
+
+def test_what_a_socket_carries_is_the_same_to_every_program_and_as_large_as_the_map_is_made_for(
+    types: dict[str, Btf],
+) -> None:
+    sockets = [struct(btf, "bpfrl_socket") for btf in types.values()]
+    assert {each["size"] for each in sockets} == {layout.SOCKET_BYTES}
+    fields = [[(field["name"], field["bits_offset"]) for field in each["members"]] for each in sockets]
+    assert fields[0] == fields[1] == fields[2]
+    # Nothing lies between two of them, which no program would have made 0.
+    mirrored = native.Socket
+    assert fields[0] == [(name, getattr(mirrored, name).offset * 8) for name, _ in mirrored._fields_]
+    assert sum(ctypes.sizeof(kind) for _, kind in mirrored._fields_) == layout.SOCKET_BYTES
+
+
+def test_the_clocks_have_a_cache_line_each_and_are_as_large_as_their_map(btf: Btf) -> None:
+    clock = struct(btf, "clock")
+    assert clock["size"] == 64
+    assert 2 * clock["size"] == layout.STATE_BYTES
+
+
+def test_what_every_packet_reads_of_a_limit_is_in_its_first_cache_line(btf: Btf) -> None:
+    offsets = {field["name"]: field["bits_offset"] // 8 for field in struct(btf, "bpfrl_limit")["members"]}
+    first = {name for name, offset in offsets.items() if offset < 64}
+    assert {"rate_bits", "cost", "burst_ns", "drop_ns", "drop_short_ns"} <= first
+    assert struct(btf, "bpfrl_limit")["size"] % 64 == 0
 
 
 def test_the_constants_are_those_of_the_header(header: str) -> None:

@@ -25,7 +25,9 @@ cgroups = st.builds(PodRef.of_cgroup, st.integers(1, UNSIGNED))
 numbers = st.integers(0, UNSIGNED)
 counters = st.builds(Counters, numbers, numbers, numbers, numbers)
 times = st.floats(allow_nan=False, allow_infinity=False)
-statuses = st.builds(Status, pods | cgroups, limits, counters, counters, numbers, times, st.binary(max_size=32))
+statuses = st.builds(
+    Status, pods | cgroups, limits, counters, counters, numbers, times, st.binary(max_size=32), st.booleans()
+)
 broken = st.builds(Broken, uids, st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
 
 
@@ -52,6 +54,20 @@ def test_a_pod_arrives_as_it_was_sent(pod: PodRef) -> None:
 def test_a_limiter_arrives_as_it_was_sent_whole_or_broken(found: Status | Broken) -> None:
     wire = messages.from_limiter(found).SerializeToString()
     assert messages.to_limiter(node_pb2.Limiter.FromString(wire)) == found
+
+
+@pytest.mark.parametrize("adopted", [True, False])
+def test_whether_earlier_connections_are_paced_arrives_as_it_was_sent(*, adopted: bool) -> None:
+    found = Status(PodRef(UID), Limits(), Counters(), Counters(), 7, 1.0, adopted=adopted)
+    message = node_pb2.Limiter.FromString(messages.from_limiter(found).SerializeToString())
+    assert message.adopted is adopted
+    assert messages.to_limiter(message) == found
+
+
+def test_a_node_of_an_earlier_version_paces_new_connections_only() -> None:
+    found = messages.to_limiter(node_pb2.Limiter(pod=node_pb2.Pod(uid=UID)))
+    assert isinstance(found, Status)
+    assert not found.adopted
 
 
 @pytest.mark.parametrize("change", Change)

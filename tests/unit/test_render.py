@@ -27,8 +27,17 @@ WEB = Status(
     Counters(0, 18_446_744_073_709_551_615, 999, 1_000),
     4_711,
     NOW - 7_200,
+    adopted=True,
 )
-NAMELESS = Status(PodRef(STATIC_UID), Limits(egress=Rate(1_001)), Counters(), Counters(5, 6, 7, 8), 0, NOW - 0.25)
+NAMELESS = Status(
+    PodRef(STATIC_UID),
+    Limits(egress=Rate(1_001)),
+    Counters(),
+    Counters(5, 6, 7, 8),
+    0,
+    NOW - 0.25,
+    adopted=False,
+)
 BROKEN = Broken("f" * 32, "attach or detach was cut off: repeat it")
 ROWS = [Row(WEB, NOW, Path("/sys/fs/cgroup/kubepods.slice/kubepods-pod1.slice")), Row(NAMELESS, NOW)]
 
@@ -65,11 +74,11 @@ def test_a_table_has_a_row_for_each_limiter_under_upper_case_titles() -> None:
     assert cells(nameless) == [STATIC_UID, "-", "1001bit", "0", "0", "0", "0", "-", "6", "5", "8", "7", "0s"]
 
 
-def test_a_wide_table_ends_with_burst_and_cgroup() -> None:
+def test_a_wide_table_ends_with_what_is_paced_burst_and_cgroup() -> None:
     header, web, nameless, _ = drawn(piped(), ROWS, [], wide=True).splitlines()
-    assert cells(header)[-3:] == ["AGE", "BURST", "CGROUP"]
-    assert cells(web)[-2:] == ["64Ki", "/sys/fs/cgroup/kubepods.slice/kubepods-pod1.slice"]
-    assert cells(nameless)[-2:] == ["default", "gone"]
+    assert cells(header)[-4:] == ["AGE", "PACED", "BURST", "CGROUP"]
+    assert cells(web)[-3:] == ["all", "64Ki", "/sys/fs/cgroup/kubepods.slice/kubepods-pod1.slice"]
+    assert cells(nameless)[-3:] == ["new", "default", "gone"]
 
 
 def test_numbers_stand_right_under_their_titles_and_names_left() -> None:
@@ -77,6 +86,8 @@ def test_numbers_stand_right_under_their_titles_and_names_left() -> None:
     for title in ("UID", "POD"):
         at = header.index(title)
         assert " " not in (web[at], nameless[at])
+    wide, *rows = drawn(piped(), ROWS, [], wide=True).splitlines()[:3]
+    assert [row[wide.index("PACED") :][:3] for row in rows] == ["all", "new"]
     for title in ("EGRESS", "TX-BYTES", "INGRESS", "RX-BYTES", "AGE"):
         end = header.index(title) + len(title)
         assert " " not in (web[end - 1], nameless[end - 1])
@@ -164,6 +175,7 @@ def test_json_and_yaml_say_the_same_with_exact_numbers() -> None:
                     "dropped_packets": 999,
                 },
                 "burst_bytes": 65_536,
+                "paced": "all",
                 "cgroup_id": 4_711,
                 "cgroup": "/sys/fs/cgroup/kubepods.slice/kubepods-pod1.slice",
                 "attached_at": NOW - 7_200,
@@ -188,6 +200,7 @@ def test_json_and_yaml_say_the_same_with_exact_numbers() -> None:
                     "dropped_packets": 7,
                 },
                 "burst_bytes": None,
+                "paced": "new",
                 "cgroup_id": None,
                 "cgroup": None,
                 "attached_at": NOW - 0.25,
