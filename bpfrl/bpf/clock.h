@@ -18,6 +18,7 @@
 /* Time constant of the means, 2^29 ns: longer than the pause of a sender and than
  * most round trips. They are taken in steps that cost little. */
 #define MEAN_SHIFT 29
+#define SILENCE_SHIFT 30
 #define MEAN_COARSE 12
 #define MEAN_STEP_NS 100000
 
@@ -114,28 +115,29 @@ static __always_inline __s64 averaged(__s64 mean, __s64 value, __u64 elapsed)
 }
 
 /*
- * The fair rate for those who follow it only a round trip later: it falls at once and
- * rises by no more than an eighth above its mean. Without that, several flows at
- * 100 ms all rise together, and fall together. Only while the limit is not used up
- * at all does the mean rise by itself.
+ * The fair rate for those who follow it only a round trip later: it falls at once, but
+ * to no less than a quarter of its mean, and rises to no more than an eighth above.
+ * Without that, several flows at 100 ms all rise together, and fall together. While
+ * the limit is not used up the mean rises by itself, and a pod that was silent for
+ * a second begins anew.
  */
 static __always_inline __u64 steady_rate(struct clock *clock, const struct bpfrl_limit *limit,
 					 __s64 backlog, __u64 now)
 {
 	__u64 fair = fair_rate(limit, backlog), mean = READ_ONCE(clock->mean_fair);
-	__u64 elapsed = now - READ_ONCE(clock->mean_ns);
-	__u64 steady = min(fair, mean + (mean >> 3));
+	__u64 elapsed = now - READ_ONCE(clock->mean_ns), steady;
 
+	if (unlikely(elapsed > 1ULL << SILENCE_SHIFT && (__s64)elapsed > 0))
+		mean = limit->fair_cap;
+	steady = max(min(fair, mean + (mean >> 3)), mean >> 2);
 	if (elapsed > MEAN_STEP_NS && (__s64)elapsed > 0) {
-		/* A long silence says that the limit was not used, and little of the rest. */
-		__u64 rising = min(elapsed, 1ULL << MEAN_SHIFT);
+		/* A pause between two looks says little of what was. */
 		__u64 lasting = min(elapsed, 1ULL << (MEAN_SHIFT - 2));
-		__s64 mean_backlog = READ_ONCE(clock->mean_backlog);
+		__u64 next = backlog <= 0 ? min(2 * mean, limit->fair_cap) : steady;
 
-		mean = backlog <= 0 ? averaged(mean, limit->fair_cap, rising) :
-				      averaged(mean, steady, lasting);
-		WRITE_ONCE(clock->mean_fair, max(mean, 1));
-		WRITE_ONCE(clock->mean_backlog, averaged(mean_backlog, backlog, lasting));
+		WRITE_ONCE(clock->mean_fair, max(averaged(mean, next, lasting), 1));
+		WRITE_ONCE(clock->mean_backlog,
+			   averaged(READ_ONCE(clock->mean_backlog), backlog, lasting));
 		WRITE_ONCE(clock->mean_ns, now);
 	}
 	return unlikely(backlog < limit->reserve_ns) ? fair : steady;

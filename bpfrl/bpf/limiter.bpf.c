@@ -324,7 +324,8 @@ static __always_inline void open_window(struct bpf_sock_ops *ops, struct bpfrl_s
 	__s64 backlog = backlog_now(BPFRL_INGRESS, now);
 	__u64 rtt_us = min(ops->srtt_us >> 3, RTT_CEILING_US);
 	__u64 least = WINDOW_FLOOR * (__u64)ops->mss_cache;
-	__u64 fair = steady_rate(clock, limit, backlog, now);
+	__u64 steady = steady_rate(clock, limit, backlog, now);
+	__u64 fair = rtt_us < CWND_NEAR_US ? fair_rate(limit, backlog) : steady;
 	bool ahead = is_ahead(ops, socket, limit, READ_ONCE(clock->mean_backlog), now);
 	__u64 window = fair * (rtt_us + RTT_SLACK_US) / USEC_PER_SEC;
 	__u32 current, value;
