@@ -6,27 +6,53 @@ of one case are never the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Final, NamedTuple
 
-from bench.peers import CNI_BURST
-from bench.record import Direction, Limiter, Measured, Row, Traffic
-from bench.tables import JAIN, LAYER3_SHARE, PEAK_SHARE, PING_LONGEST, PING_MEAN, SENT_AGAIN, TCP_RTT, UDP_LOST, Figure
+from bench.ends import fetches
+from bench.record import Case, Group, Limiter, Measured, Row
+from bench.situations import HIGH_RATE
+from bench.tables import (
+    JAIN,
+    LAYER3_SHARE,
+    P50,
+    P99,
+    PAYLOAD_SHARE,
+    PEAK_SHARE,
+    SENT_AGAIN,
+    TCP_RTT,
+    UDP_LOST,
+    Figure,
+    milliseconds,
+    settled,
+)
 
-GROUPS: Final[dict[tuple[Traffic, Direction], str]] = {
-    ("tcp", "egress"): "TCP sent",
-    ("udp", "egress"): "UDP sent",
-    ("mixed", "egress"): "UDP and TCP sent",
-    ("tcp", "ingress"): "TCP received",
+GROUPS: Final[dict[Group, str]] = {
+    "egress": "TCP sent",
+    "udp": "UDP sent",
+    "mixed": "UDP and TCP sent",
+    "ingress": "TCP received",
+    "sharing": "20 and 80 ms at once",
+    "situations": "situations",
 }
+# Those of which all cases are alike but for numbers.
+TRAFFIC: Final[tuple[Group, ...]] = ("egress", "udp", "mixed", "ingress", "sharing")
+OURS: Final[tuple[Limiter, ...]] = ("bpfrl", "cooperating")
+PEERS: Final[tuple[Limiter, ...]] = ("cni", "bucket")
+
+
+# What an object takes when all workers have the same share of the limit.
+FAIR_FETCH_MS: Final = fetches.WORKERS * fetches.OBJECT_BYTES * 8 / HIGH_RATE * 1000
 
 
 class Pair(NamedTuple):
-    """The same case under both limiters."""
+    """The same case under two limiters."""
 
-    bpfrl: Measured
-    cni: Measured
+    ours: Measured
+    theirs: Measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +83,32 @@ class Measure:
         return low is not None and high is not None and high - low > self.margin and high > low * self.ratio
 
 
-def _distance(measured: Measured) -> float:
-    return abs(1 - measured.of_limit(measured.figures.layer3))
+def _distance(measured: Measured) -> float | None:
+    return abs(1 - measured.of_limit(measured.figures.layer3)) if measured.figures.layer3 else None
+
+
+def _unfairness(measured: Measured) -> float | None:
+    return None if measured.figures.jain is None else 1 - measured.figures.jain
+
+
+def waited(measured: Measured, time: float | None) -> float | None:
+    """What a request waited for, besides the way: that goes to the nearest of the case's far ends."""
+    return None if time is None else max(0.0, time - min(measured.case.rtts, default=0.0))
+
+
+def _tcp_waited(measured: Measured) -> float | None:
+    found = measured.figures.tcp_rtt
+    return None if found is None else max(0.0, found - fmean(measured.case.rtts or (0.0,)))
+
+
+def _quic_missing(measured: Measured) -> float | None:
+    return 1 - measured.of_limit(measured.figures.goodput) if measured.case.traffic == "quic" else None
+
+
+def _settling(measured: Measured) -> float | None:
+    """The longest time until a limit had settled; what never does has no end."""
+    times = [measured.figures.extra[key] for key in ("raised", "lowered", "settled") if key in measured.figures.extra]
+    return max((math.inf if time is None else time for time in times), default=None)
 
 
 MEASURES: Final = (
@@ -71,7 +121,7 @@ MEASURES: Final = (
         margin=0.05, ratio=1, aim=0.25, missed="above 125 % of the limit",
     ),
     Measure(
-        "fairness between flows (Jain's index)", JAIN, lambda it: 1 - it.figures.jain,
+        "fairness between flows (Jain's index)", JAIN, _unfairness,
         margin=0.02, ratio=1, aim=0.05, missed="below 0.95",
     ),
     Measure(
@@ -79,95 +129,133 @@ MEASURES: Final = (
         margin=0.02, ratio=1, aim=0.02, missed="more than 2 %",
     ),
     Measure(
-        "mean round trip of pings", PING_MEAN, lambda it: it.figures.ping_mean,
-        margin=0.1, ratio=1.25, aim=1, missed="above 1 ms",
+        "requests, p50", P50, lambda it: waited(it, it.figures.p50),
+        margin=0.3, ratio=1.25, aim=1, missed="more than 1 ms above the way's own",
     ),
     Measure(
-        "longest round trip of pings", PING_LONGEST, lambda it: it.figures.ping_max,
-        margin=1, ratio=1.5, aim=10, missed="above 10 ms",
+        "requests, p99", P99, lambda it: waited(it, it.figures.p99),
+        margin=1, ratio=1.5, aim=10, missed="more than 10 ms above the way's own",
     ),
     Measure(
-        "pings lost", Figure("pings lost", lambda it: str(it.figures.pings_lost)), lambda it: it.figures.pings_lost,
+        "requests unanswered", Figure("unanswered", lambda it: str(it.figures.unanswered)),
+        lambda it: it.figures.unanswered,
         margin=0.5, ratio=1, aim=0.5, missed="one or more",
     ),
     Measure(
-        "mean round trip seen by TCP", TCP_RTT, lambda it: it.figures.tcp_rtt,
-        margin=0.1, ratio=1.25, aim=1, missed="above 1 ms",
+        "mean round trip seen by TCP", TCP_RTT, _tcp_waited,
+        margin=0.3, ratio=1.25, aim=1, missed="more than 1 ms above the way's own",
     ),
     Measure(
         "TCP segments sent again", SENT_AGAIN, lambda it: it.figures.retransmits,
         margin=5, ratio=1.25, aim=5, missed="more than 5",
     ),
+    Measure(
+        "fetches over new connections, p99",
+        Figure("p99 of a fetch", lambda it: milliseconds(it.figures.extra["fetch_p99"])),
+        lambda it: it.figures.extra.get("fetch_p99"),
+        margin=5, ratio=1.25, aim=2 * FAIR_FETCH_MS, missed="more than twice what an even share takes",
+    ),
+    Measure(
+        "payload of QUIC", PAYLOAD_SHARE, _quic_missing,
+        margin=0.01, ratio=1, aim=0.1, missed="less than 90 % of the limit",
+    ),
+    Measure(
+        "time until a limit has settled", Figure("settled", lambda it: settled(_settling(it))), _settling,
+        margin=100, ratio=1.25, aim=1000, missed="more than a second, or never",
+    ),
 )  # fmt: skip
 
 
 class Score(NamedTuple):
-    """How often each limiter is better by one measure in one group, and where the CNI plugin's lead is largest."""
+    """How often each of two limiters is better by one measure in one group, and where the peer's lead is largest."""
 
-    group: str
+    group: Group
     measure: Measure
+    ours: Limiter
+    peer: Limiter
     cases: int
-    bpfrl: int
-    cni: int
+    ahead: int
+    behind: int
     furthest: Pair | None
+
+    @property
+    def alike(self) -> int:
+        """In how many cases neither is."""
+        return self.cases - self.ahead - self.behind
 
 
 class Shortfall(NamedTuple):
     """Cases of one group in which bpfrl misses an aim, the worst first."""
 
-    group: str
+    group: Group
+    ours: Limiter
     measure: Measure
     cases: int
     missing: Sequence[Measured]
 
 
-def usual(rows: Iterable[Row], group: tuple[Traffic, Direction], limiter: Limiter) -> list[Measured]:
+def usual(rows: Iterable[Row], group: Group, limiter: Limiter) -> list[Measured]:
     """What a limiter has reached in one group, with the burst that it is compared with."""
-    found = [measured for row in rows if (measured := row.measured())]
-    return [
-        each
-        for each in found
-        if (each.case.traffic, each.case.direction, each.case.limiter) == (*group, limiter)
-        and each.case.burst in (None, CNI_BURST)
-    ]
+    found = [measured for row in rows if row.group == group and (measured := row.measured())]
+    return [each for each in found if each.case.limiter == limiter and each.case.burst is None]
 
 
-def pairs(rows: Sequence[Row], group: tuple[Traffic, Direction]) -> list[Pair]:
-    """The cases of a group that both limiters have finished."""
-    theirs = {each.case: each for each in usual(rows, group, "cni")}
-    ours = [(each, replace(each.case, limiter="cni", burst=CNI_BURST)) for each in usual(rows, group, "bpfrl")]
-    return [Pair(each, theirs[twin]) for each, twin in ours if twin in theirs]
+def in_common(rows: Sequence[Row], group: Group) -> dict[Limiter, list[Measured]]:
+    """What the limiters of a group have reached in the cases that all of them have finished."""
+    found = {limiter: members for limiter in (*OURS, *PEERS) if (members := usual(rows, group, limiter))}
+    cases = [{_without_limiter(each.case) for each in members} for members in found.values()]
+    common = set.intersection(*cases) if cases else set()
+    return {
+        limiter: [each for each in members if _without_limiter(each.case) in common]
+        for limiter, members in found.items()
+        if common
+    }
+
+
+def _without_limiter(case: Case) -> Case:
+    return replace(case, limiter="none")
+
+
+def pairs(rows: Sequence[Row], group: Group, ours: Limiter, peer: Limiter) -> list[Pair]:
+    """The cases of a group that both of two limiters have finished."""
+    theirs = {each.case: each for each in usual(rows, group, peer)}
+    mine = [(each, replace(each.case, limiter=peer)) for each in usual(rows, group, ours)]
+    return [Pair(each, theirs[twin]) for each, twin in mine if twin in theirs]
 
 
 def scores(rows: Sequence[Row]) -> list[Score]:
-    """Every measure in every group that has it."""
+    """Every measure in every group that has it, against every peer."""
     found = []
-    for group, title in GROUPS.items():
-        members = pairs(rows, group)
+    for group in GROUPS:
         for measure in MEASURES:
-            having = [pair for pair in members if None not in map(measure.loss, pair)]
-            if having:
-                found.append(_score(title, measure, having))
+            for ours in OURS:
+                for peer in PEERS:
+                    members = pairs(rows, group, ours, peer)
+                    having = [pair for pair in members if None not in map(measure.loss, pair)]
+                    if having:
+                        found.append(_score(group, measure, ours, peer, having))
     return found
 
 
-def _score(group: str, measure: Measure, members: Sequence[Pair]) -> Score:
+def _score(group: Group, measure: Measure, ours: Limiter, peer: Limiter, members: Sequence[Pair]) -> Score:
     def lead(pair: Pair) -> float:
-        return (measure.loss(pair.bpfrl) or 0) - (measure.loss(pair.cni) or 0)
+        return (measure.loss(pair.ours) or 0) - (measure.loss(pair.theirs) or 0)
 
-    ahead = [pair for pair in members if measure.better(pair.bpfrl, pair.cni)]
-    behind = [pair for pair in members if measure.better(pair.cni, pair.bpfrl)]
-    return Score(group, measure, len(members), len(ahead), len(behind), max(behind, key=lead, default=None))
+    ahead = sum(measure.better(pair.ours, pair.theirs) for pair in members)
+    behind = [pair for pair in members if measure.better(pair.theirs, pair.ours)]
+    furthest = max(behind, key=lead, default=None)
+    return Score(group, measure, ours, peer, len(members), ahead, len(behind), furthest)
 
 
 def shortfalls(rows: Sequence[Row]) -> list[Shortfall]:
     """Every aim that bpfrl misses."""
     found = []
-    for group, title in GROUPS.items():
-        members = usual(rows, group, "bpfrl")
-        for measure in MEASURES:
-            losses = [(loss, each) for each in members if (loss := measure.loss(each)) is not None]
-            missing = sorted((pair for pair in losses if pair[0] > measure.aim), key=lambda pair: -pair[0])
-            if missing:
-                found.append(Shortfall(title, measure, len(losses), [each for _, each in missing]))
+    for group in GROUPS:
+        for ours in OURS:
+            members = usual(rows, group, ours)
+            for measure in MEASURES:
+                losses = [(loss, each) for each in members if (loss := measure.loss(each)) is not None]
+                missing = sorted((pair for pair in losses if pair[0] > measure.aim), key=lambda pair: -pair[0])
+                if missing:
+                    found.append(Shortfall(group, ours, measure, len(losses), [each for _, each in missing]))
     return found

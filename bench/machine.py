@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import Final
 
-from bench.peers import cni_plugin
+from bench import cni
 from bench.record import Machine
 from bpfrl import __version__
 
@@ -55,7 +55,7 @@ def _cpu() -> str:
 
 def _plugin_version() -> str:
     """What the plugin says of itself, or the package's version where its build has left that out."""
-    said = subprocess.run([cni_plugin()], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False).stderr
+    said = subprocess.run([cni.plugin()], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False).stderr
     version = next(iter(said.splitlines()), "unknown")
     if version.endswith("unknown") and shutil.which("dpkg-query"):
         query = ("dpkg-query", "-W", "-f", "${Package} ${Version}", "containernetworking-plugins")

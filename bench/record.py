@@ -7,14 +7,17 @@ alone, so whoever has the JSON can make it again.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
-Limiter = Literal["none", "bpfrl", "cni"]
-Traffic = Literal["tcp", "udp", "mixed"]
-Direction = Literal["egress", "ingress"]
+Limiter = Literal["none", "bpfrl", "cooperating", "cni", "bucket"]
+# iperf3's, or of programs of the benchmarks' own: see bench/traffic.py and bench/situations.py.
+Traffic = Literal["tcp", "udp", "mixed", "idle", "fetches", "datagrams", "quic", "change", "late", "reader"]
+Direction = Literal["egress", "ingress", "both"]
+# What is run and kept together: the names that --only takes. Of the last three each has records of its own.
+Group = Literal["idle", "egress", "udp", "mixed", "ingress", "sharing", "situations", "far", "first", "cost"]
 
 # Enough for every figure here, and little enough to be read and committed.
 _DIGITS: Final = 6
@@ -26,12 +29,15 @@ class Case:
 
     Attributes:
         limiter: what holds the pod to the rate.
-        traffic: TCP, UDP at twice the limit, or both at once.
+        traffic: TCP, UDP at twice the limit, both at once, nothing but requests, or one of the special ones.
         direction: where the traffic goes, seen from the pod.
         rate: the limit, or None without one.
-        flows: TCP flows.
-        congestion: the TCP senders' congestion control; empty for UDP.
-        burst: what the limiter is told to let through at once, bit; None: its own default.
+        flows: TCP flows; at each of the RTTs, and in each direction.
+        congestion: the TCP senders' congestion control; empty where there is no TCP.
+        burst: what the limiter is told to let through at once, bit; None: its usual one.
+        rtts: round-trip times, ms, of the wire, with flows at each; none: a plain veth.
+        mtu: of all devices.
+        ipv6: it is that, and not IPv4.
     """
 
     limiter: Limiter
@@ -41,43 +47,50 @@ class Case:
     flows: int
     congestion: str
     burst: int | None = None
+    rtts: tuple[float, ...] = ()
+    mtu: int = 1500
+    ipv6: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What was measured, after the first second and by the receiver where nothing else is said.
+    """What was measured, after the omitted seconds and by the receiver where nothing else is said.
 
     Attributes:
-        goodput: payload of all flows.
-        layer3: the same with the headers of layer 3 and 4.
-        udp_layer3: UDP's part of it.
-        peak: the most in any one second at layer 3, the first one included.
+        goodput: payload of all flows; of traffic in both directions, the mean of the two.
+        layer3: the same with the headers of layer 3 and 4, and the requests.
+        parts: what went into it, one by one: TCP and UDP, the flows of each RTT, or those of each direction.
+        peak: the most in any one second at layer 3, the omitted ones included.
         jain: Jain's index of the flows' goodputs: 1 when all are alike, 1/n when one has everything.
         udp_lost: the share of what the UDP sender's socket took that was not received.
         retransmits: segments that the TCP senders sent again.
         tcp_rtt: mean of the senders' own mean round-trip times.
-        ping_mean: mean round-trip time of pings from the pod at the same time.
-        ping_max: the longest of these.
-        pings_lost: how many had no answer.
-        drops: what the limiter dropped, first second included. bpfrl counts packets on the wire; tbf counts
-            what it queues, where a GSO packet of many segments is one.
+        p50: median time from a small request of the pod to its response.
+        p99: the time that 1 of 100 requests exceeds.
+        requests: how many there were.
+        unanswered: how many of these had no response when the case ended; their time is the one until then.
+        drops: what the limiter dropped, from beginning to end. bpfrl and the bucket count packets on the wire; tbf
+            counts what it queues, where a GSO packet of many segments is one.
         counted: layer-3 bytes by bpfrl's own counters, as a share of those that follow from the received
-            payload, first second included: the two should agree, but for pings, handshakes and retransmits.
+            payload, from beginning to end: the two should agree, but for handshakes and retransmits.
+        extra: what only this traffic has.
     """
 
-    goodput: float
-    layer3: float
-    udp_layer3: float
-    peak: float
-    jain: float
-    udp_lost: float | None
-    retransmits: int | None
-    tcp_rtt: float | None
-    ping_mean: float | None
-    ping_max: float | None
-    pings_lost: int
-    drops: int | None
-    counted: float | None
+    goodput: float = 0.0
+    layer3: float = 0.0
+    parts: Sequence[float] = ()
+    peak: float = 0.0
+    jain: float | None = None
+    udp_lost: float | None = None
+    retransmits: int | None = None
+    tcp_rtt: float | None = None
+    p50: float | None = None
+    p99: float | None = None
+    requests: int = 0
+    unanswered: int = 0
+    drops: int | None = None
+    counted: float | None = None
+    extra: Mapping[str, float | None] = field(default_factory=dict)
 
 
 class Measured(NamedTuple):
@@ -101,6 +114,7 @@ class Measured(NamedTuple):
 class Row:
     """A case with its figures, or why it has none."""
 
+    group: Group
     case: Case
     figures: Figures | None
     error: str = ""
@@ -112,9 +126,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Headroom:
-    """The goodputs of repeated TCP runs with a limit that the machine cannot reach, or with none."""
+    """The goodputs of repeated TCP runs at a limit near what the machine can do, at one far above it, or at none."""
 
     limiter: Limiter
+    rate: int | None
     flows: int
     goodputs: Sequence[float]
 
@@ -134,24 +149,37 @@ class Cost:
     """The kernel's own account of one program while bpfrl held one kind of traffic to a rate.
 
     Attributes:
-        traffic: of what, always egress.
+        traffic: of what.
+        direction: of the bulk.
         rate: the limit.
         program: the program: egress, ingress or sockops.
         runs: how often it ran.
         run_ns: mean duration of a run.
         empty_ns: the same of a program that only returns, attached behind it: what the instrument itself adds.
-        packets: wire packets in the program's direction, dropped ones included.
-        packet_ns: time in the program per wire packet that the pod sent.
+        packets: wire packets in the direction of the bulk, dropped ones included.
     """
 
     traffic: Traffic
+    direction: Direction
     rate: int
     program: str
     runs: int
     run_ns: float
     empty_ns: float
     packets: int
-    packet_ns: float
+
+    @property
+    def net_ns(self) -> float:
+        """The time in the program, without what the instrument adds."""
+        return self.runs * (self.run_ns - self.empty_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """What an earlier version was measured to cost."""
+
+    date: str
+    costs: Sequence[Cost]
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,17 +195,40 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True)
-class Results:
-    """Everything of one run of the benchmarks."""
+class Run:
+    """When a group was measured: by how long a run for each case, and in how many minutes altogether."""
 
-    machine: Machine
+    group: Group
+    date: str
     command: str
     seconds: int
     minutes: float
-    rows: Sequence[Row]
-    headroom: Sequence[Headroom]
-    first_second: Sequence[FirstSecond]
-    costs: Sequence[Cost]
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """Everything that has been measured."""
+
+    machine: Machine
+    runs: Sequence[Run]
+    before: Before
+    rows: Sequence[Row] = ()
+    headroom: Sequence[Headroom] = ()
+    first_second: Sequence[FirstSecond] = ()
+    costs: Sequence[Cost] = ()
+
+    def merged(self, later: Results) -> Results:
+        """The same with the groups of a later measurement in the place of what was there of them."""
+        again = {run.group for run in later.runs}
+        return Results(
+            later.machine,
+            [*(run for run in self.runs if run.group not in again), *later.runs],
+            later.before,
+            [*(row for row in self.rows if row.group not in again), *later.rows],
+            later.headroom if "far" in again else self.headroom,
+            later.first_second if "first" in again else self.first_second,
+            later.costs if "cost" in again else self.costs,
+        )
 
     def save(self, path: Path) -> None:
         """Write as JSON, one record a line, so that two runs can be compared line by line."""
@@ -198,9 +249,8 @@ class Results:
         document = json.loads(path.read_text())
         return cls(
             machine=Machine(**document["machine"]),
-            command=document["command"],
-            seconds=document["seconds"],
-            minutes=document["minutes"],
+            runs=[Run(**record) for record in document["runs"]],
+            before=read_before(document["before"]),
             rows=[_row(record) for record in document["rows"]],
             headroom=[Headroom(**record) for record in document["headroom"]],
             first_second=[FirstSecond(**record) for record in document["first_second"]],
@@ -208,9 +258,19 @@ class Results:
         )
 
 
+def read_before(document: dict[str, Any]) -> Before:
+    """The figures of an earlier version, from JSON."""
+    return Before(document["date"], [Cost(**record) for record in document["costs"]])
+
+
 def _row(record: dict[str, Any]) -> Row:
-    figures = record["figures"]
-    return Row(Case(**record["case"]), Figures(**figures) if figures else None, record["error"])
+    case, figures = record["case"], record["figures"]
+    return Row(
+        record["group"],
+        Case(**case | {"rtts": tuple(case["rtts"])}),
+        Figures(**figures) if figures else None,
+        record["error"],
+    )
 
 
 def _rounded(value: Any) -> Any:

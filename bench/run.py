@@ -1,16 +1,18 @@
 """The benchmarks: ``make bench``, or ``python -m bench.run --help``.
 
-One command measures bpfrl beside no limit and beside the CNI bandwidth plugin on this machine, keeps the figures as
-JSON, and makes the page and the plot from them. All traffic stays in network namespaces of the benchmarks' own.
+One command measures bpfrl beside no limit, the CNI bandwidth plugin and a plain token bucket on this machine, keeps
+the figures as JSON, and makes the page and the plots from them. All traffic stays in network namespaces of the
+benchmarks' own.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,88 +20,97 @@ from typing import Final, NamedTuple, TypeVar
 
 import click
 
-from bench import machine, plot, report, tables
+from bench import cni, machine, plots, report, tables
 from bench.cost import COST_SECONDS, measure_cost
-from bench.peers import cni_plugin
-from bench.plan import QUICK, Plan
-from bench.record import Case, Headroom, Results, Row
-from bench.traffic import FIRST_SECONDS, OMITTED_SECONDS, measure, measure_first_second
+from bench.plan import GROUPS, QUICK, Plan
+from bench.record import Case, Cost, FirstSecond, Group, Headroom, Results, Row, Run, read_before
+from bench.situations import measure_case, run_seconds
+from bench.traffic import FIRST_SECONDS, OMITTED_SECONDS, measure_first_second, measure_goodput
 from bpfrl.errors import InvalidValueError
 from bpfrl.units import Rate
 
 _REPOSITORY: Final = Path(__file__).parent.parent
+_BEFORE: Final = Path(__file__).with_name("results") / "before.json"
 _FAR_SECONDS: Final = 3
-# To build a lab, to attach, to let queues run empty and to detach: what a run takes besides its traffic.
-_OVERHEAD_SECONDS: Final = 0.8
+# To build a lab, to attach, to let queues run empty and to detach: what a run takes besides its traffic; and a wire.
+_OVERHEAD_SECONDS: Final = 1.0
+_WIRE_SECONDS: Final = 0.9
 _FAILURES: Final = (RuntimeError, OSError, ArithmeticError, LookupError, ValueError, subprocess.SubprocessError)
+_REASON_LENGTH: Final = 200
 
 Result = TypeVar("Result")
 
 
 class Places(NamedTuple):
-    """Where the results go."""
+    """Where the results go: the JSON, the page, and the folder of the plots."""
 
     figures: Path
     page: Path
-    plot: Path
+    pictures: Path
 
     @classmethod
     def under(cls, folder: Path | None) -> Places:
         """All in one folder, or where the repository keeps them."""
-        if folder:
-            return cls(folder / "latest.json", folder / "benchmarks.md", folder / "benchmarks.svg")
-        docs = _REPOSITORY / "docs"
-        return cls(_REPOSITORY / "bench" / "results" / "latest.json", docs / "benchmarks.md", docs / "benchmarks.svg")
+        docs = folder or _REPOSITORY / "docs"
+        return cls((folder or _BEFORE.parent) / "latest.json", docs / "benchmarks.md", docs)
 
 
 class Runner:
-    """Runs a plan's cases one after the other, and says on stderr how far it is.
+    """Runs a plan's groups one after the other, and says on stderr how far it is.
 
     A case that fails does not end the run: it is a result too.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, groups: Sequence[Group], command: str) -> None:
         self.plan = plan
-        self._cases = plan.cases()
-        self._far = plan.far_cases()
-        self._first = plan.first_second_cases()
-        self._costs = plan.cost_cases()
-        self._total = sum(map(len, (self._cases, self._far, self._first, self._costs)))
+        self._cases = {group: plan.cases(group) for group in groups}
+        self._command = command
+        self._total = sum(map(len, self._cases.values()))
         self._begun = 0
 
     def estimate(self) -> float:
         """How long everything takes, minutes."""
-        traffic = (
-            len(self._cases) * (self.plan.seconds + OMITTED_SECONDS)
-            + len(self._far) * (_FAR_SECONDS + OMITTED_SECONDS)
-            + len(self._first) * FIRST_SECONDS
-            + len(self._costs) * COST_SECONDS
-        )
-        return (traffic + self._total * _OVERHEAD_SECONDS) / 60
+        return sum(self._seconds(group, case) for group, cases in self._cases.items() for case in cases) / 60
 
-    def results(self, command: str) -> Results:
+    def results(self) -> Results:
         """Measure everything."""
-        facts, start = machine.describe(), time.monotonic()
+        facts = machine.describe()
         _say(f"{self._total} runs, about {self.estimate():.0f} minutes")
-        rows = [self._row(case) for case in self._cases]
-        headroom = self._headroom()
-        first_second = [first for case in self._first if (first := self._attempt(case, measure_first_second)[0])]
-        costs = [cost for case in self._costs for cost in self._attempt(case, measure_cost)[0] or ()]
-        minutes = (time.monotonic() - start) / 60
-        return Results(facts, command, self.plan.seconds, minutes, rows, headroom, first_second, costs)
+        rows: list[Row] = []
+        headroom: list[Headroom] = []
+        first_second: list[FirstSecond] = []
+        costs: list[Cost] = []
+        runs = []
+        for group, cases in self._cases.items():
+            start = time.monotonic()
+            if group == "far":
+                headroom = _together(self._all(cases, partial(measure_goodput, seconds=_FAR_SECONDS)))
+            elif group == "first":
+                first_second = self._all(cases, measure_first_second)
+            elif group == "cost":
+                costs = [cost for found in self._all(cases, measure_cost) for cost in found]
+            else:
+                rows += [self._row(group, case) for case in cases]
+            minutes = (time.monotonic() - start) / 60
+            runs.append(Run(group, facts.date, self._command, self.plan.seconds, minutes))
+        before = read_before(json.loads(_BEFORE.read_text()))
+        return Results(facts, runs, before, rows, headroom, first_second, costs)
 
-    def _row(self, case: Case) -> Row:
-        row = Row(case, *self._attempt(case, partial(measure, seconds=self.plan.seconds)))
-        _say(f"      {tables.brief(row)}")
+    def _seconds(self, group: Group, case: Case) -> float:
+        """How long a case takes."""
+        lengths = {"far": _FAR_SECONDS + OMITTED_SECONDS, "first": FIRST_SECONDS, "cost": COST_SECONDS}
+        traffic = lengths.get(group) or run_seconds(case, self.plan.seconds)
+        return traffic + _OVERHEAD_SECONDS + _WIRE_SECONDS * bool(case.rtts)
+
+    def _all(self, cases: Sequence[Case], function: Callable[[Case], Result]) -> list[Result]:
+        """The results of all cases that have one."""
+        return [found for case in cases if (found := self._attempt(case, function)[0]) is not None]
+
+    def _row(self, group: Group, case: Case) -> Row:
+        row = Row(group, case, *self._attempt(case, partial(measure_case, seconds=self.plan.seconds)))
+        if row.figures:
+            _say(f"      {tables.brief(row)}")
         return row
-
-    def _headroom(self) -> list[Headroom]:
-        goodputs: dict[Case, list[float]] = {}
-        for case in self._far:
-            figures, _ = self._attempt(case, partial(measure, seconds=_FAR_SECONDS))
-            if figures:
-                goodputs.setdefault(case, []).append(figures.goodput)
-        return [Headroom(case.limiter, case.flows, found) for case, found in goodputs.items()]
 
     def _attempt(self, case: Case, function: Callable[[Case], Result]) -> tuple[Result | None, str]:
         """The function's result, or why there is none."""
@@ -113,10 +124,18 @@ class Runner:
             return None, reason
 
 
+def _together(found: Sequence[Headroom]) -> list[Headroom]:
+    """The goodputs of the repeated runs of a case in one record."""
+    goodputs: dict[Headroom, list[float]] = {}
+    for each in found:
+        goodputs.setdefault(replace(each, goodputs=()), []).extend(each.goodputs)
+    return [replace(each, goodputs=all_of_it) for each, all_of_it in goodputs.items()]
+
+
 def _reason(error: Exception) -> str:
-    """One line; of a command that failed, what it said."""
+    """One line; of a command that failed, how what it said begins."""
     said = (error.stderr or error.stdout or "") if isinstance(error, subprocess.CalledProcessError) else ""
-    return " ".join(f"{type(error).__name__}: {said or error}".split())
+    return " ".join(f"{type(error).__name__}: {said or error}".split())[:_REASON_LENGTH]
 
 
 def _say(line: str) -> None:
@@ -148,31 +167,50 @@ def _check_machine() -> None:
     if missing := machine.missing_tools():
         raise click.ClickException(f"these tools are missing: {', '.join(missing)}")
     try:
-        cni_plugin()
+        cni.plugin()
     except FileNotFoundError as error:
         raise click.ClickException(str(error)) from error
 
 
+def _load(path: Path) -> Results:
+    """What was measured before.
+
+    Raises:
+        click.ClickException: it is of other benchmarks than these.
+    """
+    try:
+        return Results.load(path)
+    except (LookupError, TypeError, ValueError) as error:
+        raise click.ClickException(f"{path} is of another version: measure everything again") from error
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option("--seconds", type=click.IntRange(min=1), help="Length of each run, without its first second.")
+@click.option("--seconds", type=click.IntRange(min=1), help="Length of each run, without its beginning.")
 @click.option("--rates", callback=_parse_rates, help="The limits, as 1mbit,1gbit.")
 @click.option("--flows", callback=_parse_numbers, help="Numbers of TCP flows, as 1,16.")
-@click.option("--quick", is_flag=True, help="A subset of about three minutes; give the other options to change it.")
+@click.option("--quick", is_flag=True, help="A subset of some minutes; give the other options to change it.")
+@click.option(
+    "--only",
+    type=click.Choice(GROUPS),
+    multiple=True,
+    help="Only this group; may be repeated. What there is of the others is kept.",
+)
 @click.option(
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Put the JSON, the page and the plot in this folder. [default: bench/results and docs]",
+    help="Put the JSON, the page and the plots in this folder. [default: bench/results and docs]",
 )
-@click.option("--report-only", is_flag=True, help="Measure nothing: make page and plot again from the JSON.")
+@click.option("--report-only", is_flag=True, help="Measure nothing: make page and plots again from the JSON.")
 def main(
     seconds: int | None,
     rates: tuple[int, ...] | None,
     flows: tuple[int, ...] | None,
     quick: bool,
+    only: tuple[Group, ...],
     output: Path | None,
     report_only: bool,
 ) -> None:
-    """Measure bpfrl, the CNI bandwidth plugin and no limit side by side."""
+    """Measure bpfrl, the CNI bandwidth plugin, a token bucket and no limit side by side."""
     places = Places.under(output)
     if report_only and not places.figures.exists():
         raise click.ClickException(f"there is no {places.figures} to report on: leave out --report-only")
@@ -182,16 +220,24 @@ def main(
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         usual = QUICK if quick else Plan()
         plan = replace(usual, seconds=seconds or usual.seconds, rates=rates or usual.rates, flows=flows or usual.flows)
-        command = _command(quick, seconds, rates, flows)
-        Runner(plan).results(command).save(places.figures)
-    results = Results.load(places.figures)
-    plot.write(results, places.plot)
-    report.write(results, places.page, places.plot)
-    for place in places:
+        command = _command(quick, seconds, rates, flows, only)
+        kept = _load(places.figures) if only and places.figures.exists() else None
+        measured = Runner(plan, only or GROUPS, command).results()
+        (kept.merged(measured) if kept else measured).save(places.figures)
+    results = _load(places.figures)
+    pictures = plots.write(results, places.pictures)
+    report.write(results, places.page, pictures)
+    for place in (places.figures, places.page, *pictures.values()):
         click.echo(place)
 
 
-def _command(quick: bool, seconds: int | None, rates: tuple[int, ...] | None, flows: tuple[int, ...] | None) -> str:
+def _command(
+    quick: bool,
+    seconds: int | None,
+    rates: tuple[int, ...] | None,
+    flows: tuple[int, ...] | None,
+    only: Sequence[Group],
+) -> str:
     """What measures the same again."""
     words = ["python -m bench.run"]
     if quick:
@@ -202,6 +248,7 @@ def _command(quick: bool, seconds: int | None, rates: tuple[int, ...] | None, fl
         words.append(f"--rates {','.join(str(Rate(rate)) for rate in rates)}")
     if flows:
         words.append(f"--flows {','.join(map(str, flows))}")
+    words += [f"--only {group}" for group in only]
     return " ".join(words)
 
 

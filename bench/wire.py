@@ -25,10 +25,10 @@ def binary() -> Path:
     folder = tempfile.mkdtemp(prefix="bpfrl-wire-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     compiled = Path(folder, "wire")
-    command = ["cc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", str(compiled), str(_SOURCE)]
+    command = ["clang", "-O2", "-Wall", "-Wextra", "-Werror", "-o", str(compiled), str(_SOURCE)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"cc: {done.stderr}")
+        raise RuntimeError(f"clang: {done.stderr}")
     return compiled
 
 
