@@ -15,6 +15,8 @@
 
 /* Fraction bits of a ratio of rates, of which the largest has 50 bits. */
 #define RESCALE_SHIFT 14
+/* And of one of a fair rate in byte/s, of which the largest is 5/4 of an eighth. */
+#define MEAN_RESCALE_SHIFT 16
 /* Time constant of the means, 2^29 ns: longer than the pause of a sender and than
  * most round trips. They are taken in steps that cost little. */
 #define MEAN_SHIFT 29
@@ -29,6 +31,9 @@ struct clock {
 	__u64 mean_fair;	/* the fair rates of late, byte/s; a plain racy average */
 	__s64 mean_backlog;	/* on ingress, ns */
 	__u64 mean_ns;		/* when the means were taken */
+	__u64 paced_ns;		/* on egress, when a paced socket has sent */
+	__u64 unpaced;		/* cookie of the last other one */
+	__u64 unpaced_ns;	/* since when no third has sent */
 } __cacheline_aligned;
 
 /*
@@ -43,8 +48,15 @@ static __always_inline __s64 rescale(struct clock *clock, const struct bpfrl_lim
 {
 	__u64 old = READ_ONCE(clock->rate_bits), scaled;
 
-	if (__sync_val_compare_and_swap(&clock->rate_bits, old, limit->rate_bits) != old ||
-	    old >= limit->rate_bits || backlog <= 0)
+	if (__sync_val_compare_and_swap(&clock->rate_bits, old, limit->rate_bits) != old)
+		return backlog;
+	if (old) {
+		/* Shares stay what they are. */
+		scaled = (READ_ONCE(clock->mean_fair) << MEAN_RESCALE_SHIFT) / old;
+		scaled = scaled * limit->rate_bits >> MEAN_RESCALE_SHIFT;
+		WRITE_ONCE(clock->mean_fair, max(scaled, 1));
+	}
+	if (old >= limit->rate_bits || backlog <= 0)
 		return backlog;
 	scaled = ((__u64)backlog * ((old << RESCALE_SHIFT) / limit->rate_bits)) >> RESCALE_SHIFT;
 	__sync_fetch_and_add(&clock->tat, scaled - backlog);

@@ -24,12 +24,12 @@
  * ACKs that go with data do not carry it. */
 #define SILENT_ROUND_TRIPS 64
 
-/* Where an option has been lost, its sender repeats itself after a pause of more
- * than two round trips, and brings nothing new. What is lost on the way here looks
- * alike, though seldom; so many offers without that make up for one. */
-#define PAUSE_NS 8000000ULL
+/* Where options are lost, a sender repeats data after a pause of more than two
+ * round trips, and brings nothing new. An ACK that is lost by chance looks alike; but
+ * where all are, no more comes in between than a window. */
+#define PAUSE_NS 2000000ULL
 #define DOUBTS 2
-#define OFFERS_OF_TRUST 32
+#define TRUST_BYTES (1U << 20)
 
 #define TCP_FLAG_ACK 0x10
 
@@ -68,7 +68,7 @@ static __always_inline void follow(struct bpf_sock_ops *ops)
 	rate = max((__u64)bpf_ntohl(option.rate) << OFFER_SHIFT, LEAST_RATE);
 	if (!socket->asked)
 		add_flags(ops, BPF_SOCK_OPS_RTT_CB_FLAG);
-	heed_application(ops, socket);
+	heed_application(tcp_of(ops), socket);
 	socket->asked = pacing_rate(rate);
 	socket->silent = 0;
 	pace(ops, socket);
@@ -83,29 +83,36 @@ static __always_inline void listen(struct bpf_sock_ops *ops)
 	if (!socket || !socket->asked || ++socket->silent < SILENT_ROUND_TRIPS)
 		return;
 	socket->asked = 0;
-	release_sender(ops, socket);
+	release_sender(ops, tcp_of(ops), socket);
 }
 
 /* True when an ACK is to carry the option. */
 static __always_inline bool offers(struct bpf_sock_ops *ops, struct bpfrl_socket *socket)
 {
 	__u64 now = bpf_ktime_get_ns(), then = socket->acked_ns;
+	struct tcp_sock *tcp = tcp_of(ops);
+	/* Not those behind one that was lost on the way here. A probe has no data. */
+	__u32 segments = ops->data_segs_in - (tcp ? tcp->rcv_ooopack : 0);
+	bool repeated = segments != socket->segments;
 
 	socket->acked_ns = now;
+	socket->segments = segments;
 	if (!socket->offer || socket->doubts >= DOUBTS)
 		return false;
 	if (ops->rcv_nxt == socket->offered_at) {
 		__u64 round_trips = (__u64)(ops->srtt_us >> 2) * NSEC_PER_USEC;
 
-		if (now - then > max(PAUSE_NS, round_trips)) {
+		if (repeated && now - then > max(PAUSE_NS, round_trips)) {
+			__u32 trust = max(TRUST_BYTES, 2 * socket->window);
+
+			if (ops->rcv_nxt - socket->doubted_at > trust)
+				socket->doubts = 0;
 			socket->doubts++;
-			socket->offers = 0;
+			socket->doubted_at = ops->rcv_nxt;
 		}
 		return false;
 	}
 	socket->offered_at = ops->rcv_nxt;
-	if (++socket->offers > OFFERS_OF_TRUST)
-		socket->doubts = 0;
 	return true;
 }
 

@@ -53,11 +53,18 @@
 #define SHARE_TOLERANCE_NS 5000000ULL
 #define SHARE_TOLERANCE_BYTES 6000ULL
 
+/* So long without another's packet, and a sender is alone: it may be so much ahead. */
+#define ALONE_NS 100000000ULL
+#define ALONE_TOLERANCE_NS 100000000LL
+
 /* A receive window has at least so many segments, or ACKs would wait for more;
  * and it is less than 16 MB, for which the window scale is 8: windows then are
  * multiples of 256 byte. */
 #define WINDOW_FLOOR 2
 #define WINDOW_CEILING ((16ULL << 20) - 1)
+/* What a connection advertises before it knows anything, segments: as much as senders
+ * begin with (RFC 6928), and not 64 KB of which only a loss could take something back. */
+#define INITIAL_WINDOW 10
 /* A change of less than one in this is not worth a new window. */
 #define WINDOW_STEP 8
 /* The least that the kernel lets a window be, SOCK_MIN_RCVBUF / 2 (net/ipv4/tcp.c),
@@ -87,6 +94,27 @@ struct {
 	__type(key, __u32);
 	__type(value, struct bpfrl_counters);
 } counters SEC(".maps");
+
+/*
+ * True when for some time nobody else has sent anything to speak of, and so there is
+ * nobody to be fair to. One that has a congestion control of its own (QUIC) then finds as
+ * much room as in a queue before it loses anything.
+ */
+static __always_inline bool is_alone(struct __sk_buff *skb, struct clock *clock, __u64 now,
+				     __u64 bytes)
+{
+	__u64 cookie;
+
+	if (bytes <= SHORT_PACKET)
+		return false;
+	cookie = bpf_get_socket_cookie(skb);
+	if (READ_ONCE(clock->unpaced) != cookie) {
+		WRITE_ONCE(clock->unpaced, cookie);
+		WRITE_ONCE(clock->unpaced_ns, now);
+	}
+	return now - READ_ONCE(clock->unpaced_ns) > ALONE_NS &&
+	       now - READ_ONCE(clock->paced_ns) > ALONE_NS;
+}
 
 /* True when a socket that cannot be paced is to lose this packet. */
 static __always_inline bool over_share(struct __sk_buff *skb, const struct bpfrl_limit *limit,
@@ -173,13 +201,17 @@ static __always_inline int judge(struct __sk_buff *skb, enum bpfrl_direction dir
 	if (limit->rate_bits) {
 		__u64 now = bpf_ktime_get_ns();
 		__s64 backlog = backlog_at(clock, limit, now);
+		bool unpaced, alone;
 
 		backlog = cap_credit(clock, limit, now, backlog);
 		if (direction == BPFRL_EGRESS && packet.protocol == IPPROTO_TCP &&
 		    is_unpaced_burst(skb, limit, backlog, packet.segments))
 			return EGRESS_REFUSE;
+		/* Before anything is dropped, so that others count whom the limit stops. */
+		unpaced = direction == BPFRL_EGRESS && packet.protocol != IPPROTO_TCP;
+		alone = unpaced && is_alone(skb, clock, now, packet.bytes);
 		if (over_limit(limit, backlog, packet.bytes) ||
-		    (direction == BPFRL_EGRESS && packet.protocol != IPPROTO_TCP &&
+		    (unpaced && !(alone && backlog <= ALONE_TOLERANCE_NS) &&
 		     over_share(skb, limit, backlog, now, packet.bytes))) {
 			count(&counter->dropped_packets, &counter->dropped_bytes, &packet);
 			return direction == BPFRL_EGRESS ? EGRESS_DROP : DROP;
@@ -210,12 +242,6 @@ static __always_inline __s64 backlog_now(enum bpfrl_direction direction, __u64 n
 	return max(backlog_at(&clocks[direction], limit, now), -limit->burst_ns);
 }
 
-static __always_inline __u64 fair_now(enum bpfrl_direction direction)
-{
-	return fair_rate(&limits.direction[direction],
-			 backlog_now(direction, bpf_ktime_get_ns()));
-}
-
 /* The storage of a TCP socket, which from now on is this limiter's to set. */
 static __always_inline struct bpfrl_socket *enlist(struct bpf_sock_ops *ops)
 {
@@ -223,9 +249,20 @@ static __always_inline struct bpfrl_socket *enlist(struct bpf_sock_ops *ops)
 
 	if (socket && unlikely(!socket->owner)) {
 		socket->owner = identity.cgroup;
-		heed_application(ops, socket);
+		heed_application(tcp_of(ops), socket);
 	}
 	return socket;
+}
+
+/*
+ * The rate, byte/s, at which the next segment leaves when the backlog is gone, this one
+ * included. What a socket had under way when the limit came may be 64 KB in one segment: at the
+ * fair rate of that moment it would wait for a minute, and the others would not.
+ */
+static __always_inline __u64 rate_of_turn(const struct bpfrl_limit *limit, __s64 backlog,
+					  __u64 bytes)
+{
+	return bytes * NSEC_PER_SEC / (backlog + bytes * NSEC_PER_SEC / (limit->rate + 1));
 }
 
 /*
@@ -238,15 +275,20 @@ static __always_inline void pace_segment(struct bpf_sock_ops *ops, struct bpfrl_
 {
 	const struct bpfrl_limit *limit = &limits.direction[BPFRL_EGRESS];
 	struct clock *clock = &clocks[BPFRL_EGRESS];
-	__u64 fair = fair_now(BPFRL_EGRESS);
+	__u64 now = bpf_ktime_get_ns();
+	__s64 backlog = backlog_now(BPFRL_EGRESS, now);
+	__u64 fair = fair_rate(limit, backlog);
 	__u64 mean = READ_ONCE(clock->mean_fair), counted = min(fair, limit->fair_cap);
 	__u64 let_up;
 
 	mean = mean ? mean - (mean >> 3) + (counted >> 3) : counted;
 	WRITE_ONCE(clock->mean_fair, mean);
+	WRITE_ONCE(clock->paced_ns, now);
 	let_up = max(fair, min(mean + (mean >> 2), limit->fair_cap));
 
-	heed_application(ops, socket);
+	if (unlikely(backlog > limit->fresh_ns))
+		fair = max(fair, rate_of_turn(limit, backlog, ops->skb_len));
+	heed_application(tcp_of(ops), socket);
 	socket->fair = pacing_rate(fair);
 	pace(ops, socket);
 	if (let_up > fair) {
@@ -259,7 +301,9 @@ static __always_inline void pace_segment(struct bpf_sock_ops *ops, struct bpfrl_
 /* A connection begins. */
 static __always_inline void pace_connection(struct bpf_sock_ops *ops, struct bpfrl_socket *socket)
 {
-	socket->fair = pacing_rate(fair_now(BPFRL_EGRESS));
+	__s64 backlog = backlog_now(BPFRL_EGRESS, bpf_ktime_get_ns());
+
+	socket->fair = pacing_rate(fair_rate(&limits.direction[BPFRL_EGRESS], backlog));
 	pace(ops, socket);
 }
 
@@ -269,7 +313,7 @@ static __always_inline void let_go(struct bpf_sock_ops *ops, struct bpfrl_socket
 	if (!socket->fair && (!socket->pacing || socket->asked))
 		return;
 	socket->fair = 0;
-	release_sender(ops, socket);
+	release_sender(ops, tcp_of(ops), socket);
 }
 
 /*
@@ -278,7 +322,8 @@ static __always_inline void let_go(struct bpf_sock_ops *ops, struct bpfrl_socket
  * saw-tooth that one alone makes, come to the same mean.
  */
 static __always_inline bool is_ahead(struct bpf_sock_ops *ops, struct bpfrl_socket *socket,
-				     const struct bpfrl_limit *limit, __s64 mean, __u64 now)
+				     const struct bpfrl_limit *limit, __s64 mean, __s64 behind,
+				     __u64 now)
 {
 	__u64 share = min(fair_rate(limit, mean) * SHARE_PERCENT / 100, limit->rate);
 	__u64 gained = min(ops->bytes_received - socket->received, SHARE_GAIN_CEILING);
@@ -286,8 +331,9 @@ static __always_inline bool is_ahead(struct bpf_sock_ops *ops, struct bpfrl_sock
 
 	socket->received = ops->bytes_received;
 	if (unlikely(!tat)) {
-		/* New, or there before its limiter. */
-		tat = now;
+		/* New, or there before its limiter. Ever new ones are no way around
+		 * a share: the more the pod is behind, the nearer to its end each begins. */
+		tat = now + max(min(behind, SHARE_LEAD_NS), 0);
 		gained = 0;
 	}
 	tat = max((__s64)(tat - now), -SHARE_CREDIT_NS) + now;
@@ -326,7 +372,8 @@ static __always_inline void open_window(struct bpf_sock_ops *ops, struct bpfrl_s
 	__u64 least = WINDOW_FLOOR * (__u64)ops->mss_cache;
 	__u64 steady = steady_rate(clock, limit, backlog, now);
 	__u64 fair = rtt_us < CWND_NEAR_US ? fair_rate(limit, backlog) : steady;
-	bool ahead = is_ahead(ops, socket, limit, READ_ONCE(clock->mean_backlog), now);
+	__s64 behind = backlog - limit->share_ns;
+	bool ahead = is_ahead(ops, socket, limit, READ_ONCE(clock->mean_backlog), behind, now);
 	__u64 window = fair * (rtt_us + RTT_SLACK_US) / USEC_PER_SEC;
 	__u32 current, value;
 
@@ -335,7 +382,7 @@ static __always_inline void open_window(struct bpf_sock_ops *ops, struct bpfrl_s
 		return;
 	if (!socket->window || current != socket->window)
 		socket->own_window = current;
-	if (ahead && backlog > limit->share_ns && (window < least || rtt_us < RTT_SLACK_US)) {
+	if (ahead && behind > 0 && (window < least || rtt_us < RTT_SLACK_US)) {
 		set_window(ops, socket, WINDOW_PAUSE);
 		/* Asks for a call when the header has been written: see reopen_window(). */
 		bpf_reserve_hdr_opt(ops, PAUSE_OPTION_BYTES, 0);
@@ -360,12 +407,27 @@ static __always_inline void reopen_window(struct bpf_sock_ops *ops)
 		set_window(ops, socket, WINDOW_FLOOR * ops->mss_cache);
 }
 
-/* A window scale (RFC 7323) at which a window of less than one segment can be said. */
+/* A window scale (RFC 7323) at which a window of less than one segment can be said: a
+ * socket that has not begun takes it from the widest window that it may have. */
 static __always_inline void choose_window_scale(struct bpf_sock_ops *ops)
 {
-	__u32 value = WINDOW_CEILING - 1;
+	struct bpfrl_socket *socket = enlist(ops);
+	__u32 current;
 
-	bpf_setsockopt(ops, SOL_TCP, TCP_WINDOW_CLAMP, &value, sizeof(value));
+	if (!socket ||
+	    bpf_getsockopt(ops, SOL_TCP, TCP_WINDOW_CLAMP, &current, sizeof(current)) ||
+	    (current && current < WINDOW_CEILING))
+		return;
+	socket->own_window = WINDOW_UNLIMITED;
+	set_window(ops, socket, WINDOW_CEILING - 1);
+}
+
+/* False for a connection that has not begun, and for a segment of data that leaves where
+ * nothing has come since the last: its window says what that one's said. */
+static __always_inline bool is_received_on(struct bpf_sock_ops *ops, struct bpfrl_socket *socket)
+{
+	return ops->op != BPF_SOCK_OPS_TCP_CONNECT_CB &&
+	       (!ops->skb_len || ops->bytes_received != socket->received);
 }
 
 SEC("sockops")
@@ -388,6 +450,10 @@ int bpfrl_sockops(struct bpf_sock_ops *ops)
 	switch (ops->op) {
 	case BPF_SOCK_OPS_HDR_OPT_LEN_CB:
 		break;
+	case BPF_SOCK_OPS_RWND_INIT:
+		if (receives)
+			ops->reply = INITIAL_WINDOW;
+		return 1;
 	case BPF_SOCK_OPS_TCP_LISTEN_CB:
 		if (receives)
 			choose_window_scale(ops);
@@ -417,7 +483,7 @@ int bpfrl_sockops(struct bpf_sock_ops *ops)
 		pace_segment(ops, socket);
 	if (!receives)
 		release_receiver(ops, socket);
-	else if (ops->op != BPF_SOCK_OPS_TCP_CONNECT_CB)
+	else if (is_received_on(ops, socket))
 		open_window(ops, socket);
 	return 1;
 }

@@ -18,27 +18,6 @@
 /* Deeper than any cgroup is nested that a limiter may be on. */
 #define LEVELS 64
 
-/* What is read of the kernel's own structures; libbpf finds the offsets. */
-#define __kernel_type __attribute__((preserve_access_index))
-
-struct kernfs_node {
-	__u64 id;
-} __kernel_type;
-
-struct cgroup {
-	struct kernfs_node *kn;
-	int level;
-	struct cgroup *ancestors[];
-} __kernel_type;
-
-struct sock_cgroup_data {
-	struct cgroup *cgroup;
-} __kernel_type;
-
-struct sock {
-	struct sock_cgroup_data sk_cgrp_data;
-} __kernel_type;
-
 struct bpf_iter_meta {
 	struct seq_file *seq;
 } __kernel_type;
@@ -60,7 +39,7 @@ struct bpfrl_visit visit;
 
 static __always_inline bool is_below(struct tcp_sock *tcp, __u64 id)
 {
-	struct cgroup *cgroup = BPF_CORE_READ((struct sock *)tcp, sk_cgrp_data.cgroup);
+	struct cgroup *cgroup = BPF_CORE_READ(tcp, inet_conn.icsk_inet.sk.sk_cgrp_data.cgroup);
 	int level = BPF_CORE_READ(cgroup, level);
 
 	for (int i = 0; i < LEVELS && i <= level; i++) {
@@ -113,7 +92,7 @@ int bpfrl_release(struct bpf_iter__tcp *context)
 	if (!socket || socket->owner != visit.cgroup)
 		return 0;
 	socket->fair = 0;
-	release_sender(tcp, socket);
+	release_sender(tcp, tcp, socket);
 	release_receiver(tcp, socket);
 	socket->owner = 0;
 	visit.done++;
@@ -132,7 +111,7 @@ int bpfrl_forget(struct bpf_iter__tcp *context)
 	if (!socket || !socket->asked)
 		return 0;
 	socket->asked = 0;
-	release_sender(tcp, socket);
+	release_sender(tcp, tcp, socket);
 	visit.done++;
 	return 0;
 }

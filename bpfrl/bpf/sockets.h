@@ -11,6 +11,41 @@
 
 #include "bpf_helpers.h"
 
+/* What is read of the kernel's own structures; libbpf finds the offsets. */
+#define __kernel_type __attribute__((preserve_access_index))
+
+struct kernfs_node {
+	__u64 id;
+} __kernel_type;
+
+struct cgroup {
+	struct kernfs_node *kn;
+	int level;
+	struct cgroup *ancestors[];
+} __kernel_type;
+
+struct sock_cgroup_data {
+	struct cgroup *cgroup;
+} __kernel_type;
+
+struct sock {
+	unsigned long sk_max_pacing_rate;
+	struct sock_cgroup_data sk_cgrp_data;
+} __kernel_type;
+
+struct inet_sock {
+	struct sock sk;
+} __kernel_type;
+
+struct inet_connection_sock {
+	struct inet_sock icsk_inet;
+} __kernel_type;
+
+struct tcp_sock {
+	struct inet_connection_sock inet_conn;
+	__u32 rcv_ooopack;
+} __kernel_type;
+
 struct bpfrl_socket {
 	__u64 tat;		/* not paced (UDP, raw): the socket's own clock */
 	__u64 owner;		/* id of the cgroup whose limiter has it; 0: none */
@@ -19,13 +54,14 @@ struct bpfrl_socket {
 	__u32 fair;		/* what the limiter lets it send, byte/s; 0: no limit */
 	__u32 asked;		/* what its receiver asks it to send, byte/s; 0: nothing */
 	__u32 cwnd;		/* limit of the congestion window that was set, segments; 0: none */
-	__u32 silent;		/* round trips since its receiver has asked */
+	__u16 silent;		/* round trips since its receiver has asked */
+	__u16 doubts;		/* how often what this socket offers seems to be lost */
 	__u32 own_window;	/* TCP_WINDOW_CLAMP as the kernel or the application had it, byte */
 	__u32 window;		/* what was set in its place, byte; 0: nothing */
 	__u32 offer;		/* what this socket asks its sender for, 8 byte/s; 0: nothing */
 	__u32 offered_at;	/* what the last ACK that said so has acknowledged */
-	__u32 offers;		/* how many of them have gone since there was a doubt */
-	__u32 doubts;		/* how often they seem not to have arrived */
+	__u32 doubted_at;	/* the same when one seems not to have arrived */
+	__u32 segments;		/* of data that had come in order, or again, when the last ACK left */
 	__u64 acked_ns;		/* when the last ACK left */
 	__u64 received;		/* bytes that have come when the last ACK left */
 	__u64 share_tat;	/* the clock of what this socket may receive */
@@ -53,6 +89,9 @@ struct {
 #define RTT_CEILING_US 1000000ULL
 #define RTT_SLACK_US 1000
 
+/* The widest window that TCP can say (RFC 7323), byte. */
+#define WINDOW_UNLIMITED (65535U << 14)
+
 static __always_inline struct bpfrl_socket *socket_of(struct bpf_sock_ops *ops, __u64 flags)
 {
 	struct bpf_sock *sk = ops->sk;
@@ -60,17 +99,22 @@ static __always_inline struct bpfrl_socket *socket_of(struct bpf_sock_ops *ops, 
 	return sk ? bpf_sk_storage_get(&sockets, sk, NULL, flags) : NULL;
 }
 
+static __always_inline struct tcp_sock *tcp_of(struct bpf_sock_ops *ops)
+{
+	struct bpf_sock *sk = ops->sk;
+
+	return sk ? bpf_skc_to_tcp_sock(sk) : NULL;
+}
+
 /*
  * A value that differs from the one set here is the application's, now or since
- * then. Before 6.1 the option cannot be read: taken as not set.
+ * then.
  */
-static __always_inline void heed_application(void *context, struct bpfrl_socket *socket)
+static __always_inline void heed_application(struct tcp_sock *tcp, struct bpfrl_socket *socket)
 {
-	__u32 value;
+	__u64 rate = tcp ? tcp->inet_conn.icsk_inet.sk.sk_max_pacing_rate : 0;
+	__u32 value = rate ? min(rate, PACING_UNLIMITED) : PACING_UNLIMITED;
 
-	if (bpf_getsockopt(context, SOL_SOCKET, SO_MAX_PACING_RATE, &value, sizeof(value)) ||
-	    !value)
-		value = PACING_UNLIMITED;
 	if (!socket->pacing || value != socket->pacing) {
 		socket->own_pacing = value;
 		socket->pacing = 0;
@@ -133,13 +177,14 @@ static __always_inline void clamp_cwnd(struct bpf_sock_ops *ops, struct bpfrl_so
 
 /* One of those who have a say has none any more: sockops or an iterator is here
  * to tell the socket, and to give back what was its own. */
-static __always_inline void release_sender(void *context, struct bpfrl_socket *socket)
+static __always_inline void release_sender(void *context, struct tcp_sock *tcp,
+					   struct bpfrl_socket *socket)
 {
 	int cwnd = CWND_UNLIMITED;
 
 	if (!socket->pacing)
 		return;
-	heed_application(context, socket);
+	heed_application(tcp, socket);
 	pace(context, socket);
 	if (socket->fair || socket->asked)
 		return;

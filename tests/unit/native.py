@@ -9,7 +9,7 @@ import ctypes
 import platform
 import re
 import subprocess
-from ctypes import Structure, c_int64, c_uint32, c_uint64
+from ctypes import Structure, c_int64, c_uint16, c_uint32, c_uint64
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ OWN_WINDOW = 65_535 << 8
 
 _FLAGS = ("-O1", "-shared", "-fPIC", "-w")
 _COUNTED = ("unsigned-integer-overflow", "signed-integer-overflow", "integer-divide-by-zero")
-_TYPES: dict[str, Any] = {"__u64": c_uint64, "__s64": c_int64, "__u32": c_uint32}
+_TYPES: dict[str, Any] = {"__u64": c_uint64, "__s64": c_int64, "__u32": c_uint32, "__u16": c_uint16}
 
 
 def source(name: str) -> str:

@@ -28,12 +28,18 @@ struct played {
 	__u32 vanishing;	/* 1: the limits go when the time is asked for */
 	__u32 products;		/* that left their type */
 	__u32 quotients;
+	__u32 cookie;		/* of the socket that sends packets */
+	__u32 segments;		/* of data that have come */
+	__u32 early;		/* those of them that came before others */
+	__u32 reply;		/* of the last call */
 } played;
 
 #define bpf_ktime_get_ns played_now
 #define bpf_sk_storage_get(map, sk, value, flags) played_storage(flags)
 #define bpf_sk_fullsock(sk) (sk)
 #define bpf_tcp_sock(sk) (&played_tcp)
+#define bpf_skc_to_tcp_sock(sk) played_kernel_socket()
+#define bpf_get_socket_cookie(skb) played.cookie
 #define bpf_map_lookup_elem(map, key) ((void)(key), (void *)&played_counters)
 #define bpf_getsockopt(context, level, ...) played_get(__VA_ARGS__)
 #define bpf_setsockopt(context, level, ...) played_set(__VA_ARGS__)
@@ -45,6 +51,7 @@ struct played {
 static const struct bpf_tcp_sock played_tcp = { .data_segs_out = 100 };
 static __u64 played_now(void);
 static void *played_storage(__u64 flags);
+static void *played_kernel_socket(void);
 
 static __u32 *played_option(int option)
 {
@@ -107,6 +114,16 @@ static void *played_storage(__u64 flags)
 	return stored ? &storage : NULL;
 }
 
+static void *played_kernel_socket(void)
+{
+	static struct tcp_sock tcp;
+
+	tcp.inet_conn.icsk_inet.sk.sk_max_pacing_rate =
+		played.pacing == PACING_UNLIMITED ? ~0UL : played.pacing;
+	tcp.rcv_ooopack = played.early;
+	return &tcp;
+}
+
 static __u64 played_now(void)
 {
 #ifdef LIMITER
@@ -138,6 +155,7 @@ int call(__u32 op, __u32 srtt_us, __u32 mss, __u64 received, __u32 length, __u32
 		.srtt_us = srtt_us,
 		.mss_cache = mss,
 		.bytes_received = received,
+		.data_segs_in = played.segments,
 		.skb_len = length,
 		.rcv_nxt = next,
 		.skb_tcp_flags = 0x10,
@@ -146,7 +164,11 @@ int call(__u32 op, __u32 srtt_us, __u32 mss, __u64 received, __u32 length, __u32
 	};
 
 	played.lowest = played.pacing;
-	return ENTRY(&ops);
+	played.reply = 0;
+	if (!ENTRY(&ops))
+		return 0;
+	played.reply = ops.reply;
+	return 1;
 }
 
 #ifdef LIMITER

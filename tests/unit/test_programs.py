@@ -76,6 +76,18 @@ def test_a_changed_limit_moves_the_clock_as_the_law_has_it(
     assert clock.rate_bits == new.bits
 
 
+@given(old=rates, new=rates, share=st.floats(0.01, 1.25))
+def test_a_changed_limit_leaves_everyones_share_of_it(
+    built: tuple[Limiter, Program], old: Rate, new: Rate, share: float
+) -> None:
+    here, limit, before = built[0], law.ingress(new, None), int(share * law.ingress(old, None).rate)
+    here.reset()
+    clock = Clock(mean_fair=before, rate_bits=old.bits)
+    here.library.rescale_of(byref(clock), byref(limit), 0)
+    assert clock.mean_fair == pytest.approx(before * new.bits / old.bits, rel=0.02, abs=1 + new.bits / 2**16)
+    assert counted(here) == (0, 0)
+
+
 def run_clocks(here: Limiter) -> None:
     """Have the clocks be of now, as a connection's first packets do."""
     for direction in (EGRESS, INGRESS):
@@ -265,6 +277,7 @@ def test_a_limit_that_is_lifted_gives_a_socket_back_what_was_its_own(here: Limit
         for direction in (EGRESS, INGRESS):
             here.packet(direction, 1_500, socket.IPPROTO_TCP)
         here.send(srtt_us=1_000)
+        here.acknowledge(srtt_us=1_000)
     assert here.played.pacing < UNLIMITED
     assert here.played.pacing <= own
     assert here.played.window < OWN_WINDOW
@@ -311,6 +324,65 @@ def test_a_limit_that_goes_while_it_is_looked_at_leaves_no_socket_without_its_ow
     assert here.played.pacing == UNLIMITED
 
 
+@pytest.mark.parametrize("length", [1_448, 65_160])
+def test_the_next_segments_turn_comes_when_the_backlog_is_gone(here: Limiter, length: int) -> None:
+    """And not a minute later, as the fair rate has it for what was sent before the limit came."""
+    rate, backlog = Rate(10**6), 2 * NS
+    here.limit(Limits(rate, None))
+    here.begin()
+    here.clock(EGRESS).tat = here.played.now + backlog
+    here.send(srtt_us=1_000, length=length)
+    fair = test_law.fair_rate(law.egress(rate, None), backlog)
+    turn = min((backlog + length * 8 * NS / rate.bits) / NS, length / fair)
+    assert length / here.played.lowest == pytest.approx(turn, rel=0.1)
+
+
+def flood(here: Limiter, rate: Rate, seconds: float) -> int:
+    """How many of the datagrams pass that come twice as fast as a rate."""
+    passed = 0
+    for _ in range(int(2 * rate.bits / 8 / 1_500 * seconds)):
+        here.played.now += 1_500 * 8 * NS // (2 * rate.bits)
+        passed += here.packet(EGRESS, 1_500, socket.IPPROTO_UDP)
+    return passed
+
+
+def backlog(here: Limiter) -> float:
+    """What the pod sends, ms."""
+    ahead: int = here.clock(EGRESS).tat - here.played.now
+    return ahead / MS
+
+
+def test_who_sends_alone_finds_the_room_of_a_queue(here: Limiter) -> None:
+    here.limit(Limits(SLOW, None))
+    here.played.cookie = 1
+    flood(here, SLOW, 0.5)
+    assert 99 < backlog(here) < 103
+    # Another comes, that takes what it is given; and then one that is paced.
+    for _ in range(10):
+        here.played.cookie = 2
+        here.packet(EGRESS, 200, socket.IPPROTO_UDP)
+        here.played.cookie = 1
+        flood(here, SLOW, 0.05)
+    assert backlog(here) < 10
+    flood(here, SLOW, 0.5)
+    assert backlog(here) > 99
+    here.begin()
+    for _ in range(10):
+        here.send(srtt_us=1_000)
+        flood(here, SLOW, 0.05)
+    assert backlog(here) < 10
+
+
+def test_short_packets_of_others_leave_one_alone(here: Limiter) -> None:
+    here.limit(Limits(SLOW, None))
+    for _ in range(10):
+        here.played.cookie = 1
+        flood(here, SLOW, 0.05)
+        here.played.cookie = 2
+        here.packet(EGRESS, 100, socket.IPPROTO_UDP)
+    assert backlog(here) > 99
+
+
 # Receivers.
 
 
@@ -354,6 +426,62 @@ def test_a_socket_that_keeps_to_its_share_is_never_paused(here: Limiter, rate: R
     # A backlog at which a socket may be paused, and its share is most.
     backlog_ms = here.limits.direction[INGRESS].share_ns // MS + 1
     assert PAUSE not in receive(here, 1, 1.5 if rate.bits <= 10**10 else 0.6, backlog_ms=backlog_ms)
+
+
+def test_ever_new_sockets_are_no_way_around_a_share(here: Limiter) -> None:
+    """The more the pod is behind, the less a new one receives before it is paused."""
+    first = []
+    for backlog_ms in (101, 150, 240):
+        here.reset()
+        here.limit(Limits(None, SLOW))
+        clock = here.clock(INGRESS)
+        clock.rate_bits, clock.mean_backlog = SLOW.bits, 150 * MS
+        clock.tat = here.played.now + backlog_ms * MS
+        here.begin()
+        clock.mean_backlog = 150 * MS
+        received = 0
+        while here.played.window != PAUSE:
+            received += 1_448
+            here.acknowledge(srtt_us=500, received=received)
+        first.append(received)
+    assert first[0] > 1.5 * first[1] > 1.5 * first[2] > 0
+
+
+def test_a_connection_begins_with_a_window_of_ten_segments(here: Limiter) -> None:
+    for limits, expected in ((Limits(), 0), (Limits(SLOW, None), 0), (Limits(None, SLOW), 10)):
+        here.limit(limits)
+        here.call("RWND_INIT")
+        assert here.played.reply == expected
+
+
+def test_what_listens_is_given_its_wide_windows_back(here: Limiter) -> None:
+    widest = constant("WINDOW_CEILING", "limiter.bpf.c")
+    here.limit(Limits(None, SLOW))
+    here.played.window = 0
+    here.call("TCP_LISTEN_CB")
+    assert widest // 2 < here.played.window < widest
+    assert here.socket.window == here.played.window
+    assert here.socket.owner == native.CGROUP
+    assert here.socket.own_window == 65_535 << 14
+    # An application's own, narrower one stays.
+    here.reset()
+    here.limit(Limits(None, SLOW))
+    here.played.window = 50_000
+    here.call("TCP_LISTEN_CB")
+    assert here.played.window == 50_000
+
+
+def test_a_segment_of_data_says_the_window_of_the_last_ack_unless_something_has_come(here: Limiter) -> None:
+    here.limit(Limits(None, SLOW))
+    run_clocks(here)
+    here.begin()
+    here.acknowledge(srtt_us=20_000, received=10_000)
+    before = here.played.window
+    here.clock(INGRESS).tat = here.played.now + NS // 5
+    here.send(srtt_us=20_000, received=10_000)
+    assert here.played.window == before
+    here.send(srtt_us=20_000, received=11_000)
+    assert here.played.window < before
 
 
 def test_a_window_is_never_wider_than_the_applications_own(here: Limiter) -> None:
@@ -449,6 +577,54 @@ def test_an_ack_tells_what_is_offered_once_for_what_it_acknowledges(sender: Prog
     sender.socket.offer = 0
     sender.acknowledge(nxt=5)
     assert sender.played.reserved == 24
+
+
+def repeat(sender: Program, nxt: int) -> None:
+    """After a pause, data come that have come before."""
+    sender.played.now += NS
+    sender.played.segments += 1
+    sender.acknowledge(nxt=nxt, srtt_us=1_000)
+
+
+def is_offering(sender: Program, nxt: int) -> bool:
+    """Whether the next ACK has the option."""
+    before = sender.played.reserved
+    sender.played.segments += 1
+    sender.acknowledge(nxt=nxt, srtt_us=1_000)
+    return bool(sender.played.reserved > before)
+
+
+@pytest.mark.parametrize(("apart", "lost"), [(100_000, True), (2 << 20, False)])
+def test_offers_end_when_again_and_again_a_sender_has_not_seen_them(sender: Program, apart: int, lost: bool) -> None:
+    sender.begin()
+    ask(sender, 1_000)
+    sender.socket.offer = 4_711
+    for doubt in range(4):
+        nxt = 1 + doubt * apart
+        assert is_offering(sender, nxt) == (not lost or doubt < constant("DOUBTS", "cooperate.bpf.c"))
+        repeat(sender, nxt)
+
+
+def test_what_probes_a_connection_ends_no_offers(sender: Program) -> None:
+    sender.begin()
+    ask(sender, 1_000)
+    sender.socket.offer = 4_711
+    assert is_offering(sender, 1)
+    for _ in range(10):
+        sender.played.now += NS
+        sender.acknowledge(nxt=1, srtt_us=1_000)
+    assert is_offering(sender, 2)
+
+
+def test_what_comes_slowly_behind_a_lost_segment_ends_no_offers(sender: Program) -> None:
+    sender.begin()
+    ask(sender, 1_000)
+    sender.socket.offer = 4_711
+    assert is_offering(sender, 1)
+    for _ in range(10):
+        sender.played.early += 1
+        repeat(sender, 1)
+    assert is_offering(sender, 2)
 
 
 # Numbers that Python repeats.
