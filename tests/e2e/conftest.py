@@ -7,18 +7,22 @@ kernels of all nodes must come to (:func:`converge`), and leaves none of it behi
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import subprocess
 import time
 import uuid
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import pytest
 
 from bench.fleet import CONTROL_ADDRESS, Daemon, Fleet, Node, fleet, wait_for
 from bench.kubeapi import Api, ApiError, RealApi, StandIn, real_assets
+from bpfrl import cgroup
 
 EGRESS: Final = "kubernetes.io/egress-bandwidth"
 INGRESS: Final = "kubernetes.io/ingress-bandwidth"
@@ -70,29 +74,53 @@ def converge(bed: Fleet, expected: Expected, seconds: float = SECONDS) -> None:
 
 
 class State(NamedTuple):
-    """What a node's kernel has: what bpfrl lists, what bpftool sees on the pods' cgroups, and what is in the bpffs."""
+    """What a node's kernel has: what bpfrl lists, what bpftool sees on the cgroups, and what is in the bpffs.
+
+    All pods' own cgroup has the program by which they cooperate, whether any is limited or not.
+    """
 
     limits: dict[str, tuple[int, int]]
     attached: dict[str, list[str]]
+    cooperating: list[str]
     pinned: list[str]
 
 
 def _wanted(node: Node, expected: Expected) -> State:
     limits = {pod.cgroup_uid: rates for pod, rates in expected.items() if pod.node is node}
-    return State(limits, dict.fromkeys(limits, _KINDS), sorted(limits))
+    return State(limits, dict.fromkeys(limits, _KINDS), ["cgroup_sock_ops"], sorted([*limits, _cooperation(node)]))
 
 
 def _state(node: Node) -> State:
-    return State(node.limits(), node.attached(), node.pinned())
+    return State(node.limits(), node.attached(), _cooperating(node), node.pinned())
 
 
 def _has(node: Node, wanted: State) -> bool:
-    """The same as comparing with :func:`_state`, with what costs most last. An empty bpffs has nothing to list."""
+    """The same as comparing with :func:`_state`, with what costs most last."""
     return (
         node.pinned() == wanted.pinned
         and node.attached() == wanted.attached
-        and (not wanted.pinned or node.limits() == wanted.limits)
+        and _cooperating(node) == wanted.cooperating
+        and (not wanted.limits or node.limits() == wanted.limits)
     )
+
+
+def _top(node: Node) -> Path:
+    return node.cgroup_root / "kubepods.slice"
+
+
+def _cooperation(node: Node) -> str:
+    """The folder of what all pods of a node share."""
+    return f"cooperation-{cgroup.id_of(_top(node))}"
+
+
+def _cooperating(node: Node) -> list[str]:
+    output = subprocess.run(["bpftool", "-j", "cgroup", "show", _top(node)], capture_output=True, check=True).stdout
+    return [program["attach_type"] for program in json.loads(output.strip() or b"[]")]
+
+
+def limiters(node: Node) -> list[str]:
+    """What is pinned on a node, but for what all pods share."""
+    return [name for name in node.pinned() if name != _cooperation(node)]
 
 
 class Cluster:
@@ -194,7 +222,7 @@ class Cluster:
                 self.converge({})
         finally:
             for node in self.nodes:
-                if node.pinned():
+                if limiters(node):
                     node.bpfrl("detach", "--all")
                 for uid in [*node.pods]:
                     node.end_pod(uid)
@@ -217,12 +245,17 @@ def await_acting(master: Daemon) -> None:
 
 @pytest.fixture(scope="module")
 def bed() -> Iterator[Fleet]:
-    """A fleet whose nodes serve."""
+    """A fleet whose nodes serve, and whose pods cooperate."""
     if os.geteuid():
         pytest.skip("needs root")
     with fleet(_NODES) as built:
         _fleets.append(built)
         try:
+            for node in built.nodes:
+                # A node has this folder from the kubelet's start on; a daemon that came before looks once a minute.
+                _top(node).mkdir()
+                node.daemon.restart()
+            wait_for(lambda: all(node.pinned() == [_cooperation(node)] for node in built.nodes), SECONDS)
             yield built
         finally:
             _fleets.remove(built)

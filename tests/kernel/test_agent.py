@@ -295,7 +295,8 @@ def test_what_the_sources_make_is_taken_when_nothing_is_changed(bed: Lab, tmp_pa
     assert limits_of(agent) == [Limits()]
 
 
-BEYOND = instead("return admit(skb, BPFRL_EGRESS) ? PASS : EGRESS_DROP;", "return *(volatile int *)(long)skb->data;")
+EGRESS = 'SEC("cgroup_skb/egress")\nint bpfrl_egress(struct __sk_buff *skb)\n{\n'
+BEYOND = instead(EGRESS, f"{EGRESS}\tif (skb->mark)\n\t\treturn *(volatile int *)(long)skb->data;\n")
 
 
 def test_a_refusal_of_the_verifier_is_told_with_its_last_lines_and_changes_nothing(bed: Lab, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from bpfrl.errors import KernelError
 from bpfrl.limits import Limits, PodRef
 from bpfrl.node.agent import Agent
 from bpfrl.units import Rate
-from tests.kernel.conftest import attached, items, only
+from tests.kernel.conftest import attached, attached_to, cooperation, entries, items, only
 
 # Everything by which bpfrl changes the kernel's state.
 STEPS: list[tuple[Any, str]] = [
@@ -79,15 +79,11 @@ def killed(bed: Lab, fatal: int, *command: str) -> bool:
     return os.WIFSIGNALED(status)
 
 
-def entries(bed: Lab) -> list[str]:
-    return sorted(name for name in os.listdir(bed.bpffs) if not name.endswith(".debug"))
-
-
 @pytest.fixture(autouse=True)
 def _warm_cache() -> None:
     """What is under test is the kernel's state: compiling is not part of it."""
     sys.stdout.flush()
-    for source in ("limiter.bpf.c", "sockets.bpf.c"):
+    for source in ("limiter.bpf.c", "sockets.bpf.c", "cooperate.bpf.c"):
         generator.compile_object(source)
 
 
@@ -184,6 +180,36 @@ def test_replacing_a_broken_limiter_leaves_no_moment_without_one(bed: Lab) -> No
     assert steps > 15
     assert len(attached(bed)) == 3
     assert entries(bed) == [bed.pod_uid]
+
+
+def test_cooperation(bed: Lab) -> None:
+    """Killed on its way in or out, it is what it was or what it was to become, or is swept away as nothing whole."""
+    agent, place = Agent(bed.bpffs), ("--cooperate", "--cgroup", str(bed.cgroup_root))
+    folder = cooperation(bed.cgroup_root)
+    bed.bpfrl("attach", "--pod-uid", bed.pod_uid, "--rate", "1mbit")
+    limiter = [bed.pod_uid]
+    for command in (("attach", *place), ("detach", *place)):
+        steps = 1
+        while killed(bed, steps, *command):
+            assert len(attached(bed)) == 3
+            if steps % 2:
+                bed.bpfrl(*command)
+            elif command[0] == "attach":
+                agent.sweep()
+                whole = bool(agent.cooperating())
+                assert entries(bed) == sorted([*limiter, *([folder] if whole else [])]), f"left after step {steps}"
+                assert len(attached_to(bed.cgroup_root)) == whole
+            bed.bpfrl("attach", *place)
+            assert entries(bed) == sorted([*limiter, folder])
+            assert len(attached_to(bed.cgroup_root)) == 1
+            if command[0] == "attach":
+                bed.bpfrl("detach", *place)
+                assert (attached_to(bed.cgroup_root), entries(bed)) == ([], limiter), f"left after step {steps}"
+            steps += 1
+        assert steps > 5
+    assert (attached_to(bed.cgroup_root), entries(bed)) == ([], limiter)
+    bed.bpfrl("detach", "--pod-uid", bed.pod_uid)
+    assert (attached(bed), entries(bed)) == ([], [])
 
 
 def test_a_kernel_that_refuses_any_step_leaves_everything_as_it_was(bed: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ from bpfrl.rpc import authority, messages, node_pb2, tls
 from bpfrl.rpc.client import NodeClient
 from bpfrl.rpc.node_pb2_grpc import NodeStub, add_NodeServicer_to_server
 from bpfrl.units import Rate
-from tests.kernel.conftest import attached, items, only
+from tests.kernel.conftest import attached, attached_to, cooperation, entries, items, only, until
 from tests.kernel.test_agent import FOREIGN, build, end_pod, state, wait_until_gone
 
 SLOW, FAST = Limits(Rate(10**6)), Limits(Rate(10**9), Rate(2 * 10**9), 65_536)
@@ -70,7 +70,7 @@ def program(limits: Limits) -> bytes:
 def of_build(image: bytes, build: bytes) -> bytes:
     """The same program, as if another version had made it."""
     contents = generator.inspect(image)
-    return generator.relabel(image, contents._replace(build=build), PodRef("f" * 32))
+    return generator.relabel(image, contents._replace(build=build), PodRef("f" * 32), 0)
 
 
 def section(image: bytes, name: str) -> int:
@@ -211,7 +211,7 @@ async def connected(port: int, bundle: grpc.ChannelCredentials) -> AsyncIterator
 async def serving(bed: Lab, pki: Path) -> AsyncIterator[Wire]:
     """The service on loopback, as the daemon sets it up, and its master."""
     listener = grpc.aio.server(options=daemon._OPTIONS)
-    service = NodeService(Agent(bed.bpffs), CgroupTree(bed.cgroup_root), roles=True)
+    service = NodeService(Agent(bed.bpffs), CgroupTree(bed.cgroup_root), roles=True, cooperate=True)
     add_NodeServicer_to_server(service, listener)
     shown = tls.server_credentials(tls.Certificates(pki / "node", tls.NODE))
     port = listener.add_secure_port("127.0.0.1:0", shown)
@@ -1034,11 +1034,11 @@ def test_who_cannot_show_a_certificate_is_not_listened_to(bed: Lab, pki: Path) -
 class Daemon:
     """bpfrl serve-node, as a process of its own; its log is a file."""
 
-    def __init__(self, bed: Lab, pki: Path | None, place: str = "127.0.0.1:0") -> None:
+    def __init__(self, bed: Lab, pki: Path | None, place: str = "127.0.0.1:0", *options: str) -> None:
         self._bed = bed
         self._pki = pki
         trust = ["--certs", str(pki / "node")] if pki else ["--insecure"]
-        self._command = [BPFRL, "serve-node", "--listen", place, *trust]
+        self._command = [BPFRL, "serve-node", "--listen", place, *trust, *options]
         self._file = bed.bpffs.with_name(f"{bed.bpffs.name}.{uuid.uuid4().hex[:6]}.log")
         self.port = 0
 
@@ -1179,7 +1179,30 @@ def test_what_no_pod_needs_any_more_is_swept_at_the_start(bed: Lab, pki: Path) -
             assert node.wait_for(f"{uid} swept").endswith(": its pod has ended")
         [found] = node.call(lambda client: client.list())
         assert (found.pod.uid, found.limits) == (kept, FAST)
-    assert sorted(name for name in os.listdir(bed.bpffs) if not name.endswith(".debug")) == [kept]
+    assert entries(bed) == sorted([kept, cooperation(bed.cgroup_root / "kubepods.slice")])
+
+
+def test_the_daemon_has_all_pods_cooperate_until_it_is_told_not_to(bed: Lab, pki: Path) -> None:
+    top = bed.cgroup_root / "kubepods.slice"
+    with Daemon(bed, pki) as node:
+        assert node.wait_for("keep to what limited receivers ask for").endswith(
+            f"senders below {top} keep to what limited receivers ask for"
+        )
+        node.attach(bed.pod_uid)
+        assert [kind for kind, _ in attached_to(top)] == ["cgroup_sock_ops"]
+        assert entries(bed) == sorted([bed.pod_uid, cooperation(top)])
+        assert len(attached(bed)) == 3
+        before = attached_to(top)
+        assert node.end(signal.SIGTERM) == 0
+    assert attached_to(top) == before
+    with Daemon(bed, pki) as node:
+        node.attach(bed.pod_uid)
+        assert attached_to(top) == before
+    with Daemon(bed, pki, "127.0.0.1:0", "--no-cooperate") as node:
+        node.wait_for("senders do not cooperate any more")
+        until(lambda: attached_to(top) == [])
+        assert entries(bed) == [bed.pod_uid]
+        assert node.attach(bed.pod_uid) is Change.UNCHANGED
 
 
 def test_a_second_daemon_at_the_same_place_is_one_line(bed: Lab, pki: Path) -> None:
