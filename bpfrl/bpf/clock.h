@@ -20,6 +20,7 @@
 /* Time constant of the means, 2^29 ns: longer than the pause of a sender and than
  * most round trips. They are taken in steps that cost little. */
 #define MEAN_SHIFT 29
+/* And twice as long without an ACK is silence. */
 #define SILENCE_SHIFT 30
 #define MEAN_COARSE 12
 #define MEAN_STEP_NS 100000
@@ -31,9 +32,11 @@ struct clock {
 	__u64 mean_fair;	/* the fair rates of late, byte/s; a plain racy average */
 	__s64 mean_backlog;	/* on ingress, ns */
 	__u64 mean_ns;		/* when the means were taken */
-	__u64 paced_ns;		/* on egress, when a paced socket has sent */
-	__u64 unpaced;		/* cookie of the last other one */
-	__u64 unpaced_ns;	/* since when no third has sent */
+	/* On egress, who sends: times in 2^20 ns. */
+	__u32 paced_at;		/* when a paced socket has sent */
+	__u32 unpaced;		/* cookie of the last other one */
+	__u32 unpaced_at;	/* when that one has sent */
+	__u32 others_at;	/* when one more has, shortly before or after it */
 } __cacheline_aligned;
 
 /*
@@ -46,19 +49,25 @@ struct clock {
 static __always_inline __s64 rescale(struct clock *clock, const struct bpfrl_limit *limit,
 				     __s64 backlog)
 {
-	__u64 old = READ_ONCE(clock->rate_bits), scaled;
+	__u64 old = READ_ONCE(clock->rate_bits), new = READ_ONCE(limit->rate_bits);
+	__u64 ratio, fair, scaled;
 
-	if (__sync_val_compare_and_swap(&clock->rate_bits, old, limit->rate_bits) != old)
+	if (!new || __sync_val_compare_and_swap(&clock->rate_bits, old, new) != old)
 		return backlog;
+	/* Shares stay what they are. */
 	if (old) {
-		/* Shares stay what they are. */
-		scaled = (READ_ONCE(clock->mean_fair) << MEAN_RESCALE_SHIFT) / old;
-		scaled = scaled * limit->rate_bits >> MEAN_RESCALE_SHIFT;
-		WRITE_ONCE(clock->mean_fair, max(scaled, 1));
+		fair = (READ_ONCE(clock->mean_fair) << MEAN_RESCALE_SHIFT) / old;
+		WRITE_ONCE(clock->mean_fair, max(fair * new >> MEAN_RESCALE_SHIFT, 1));
 	}
-	if (old >= limit->rate_bits || backlog <= 0)
+	if (old >= new)
 		return backlog;
-	scaled = ((__u64)backlog * ((old << RESCALE_SHIFT) / limit->rate_bits)) >> RESCALE_SHIFT;
+	ratio = (old << RESCALE_SHIFT) / new;
+	if (READ_ONCE(clock->mean_backlog) > 0)
+		WRITE_ONCE(clock->mean_backlog,
+			   (__u64)READ_ONCE(clock->mean_backlog) * ratio >> RESCALE_SHIFT);
+	if (backlog <= 0)
+		return backlog;
+	scaled = (__u64)backlog * ratio >> RESCALE_SHIFT;
 	__sync_fetch_and_add(&clock->tat, scaled - backlog);
 	return scaled;
 }
@@ -136,18 +145,20 @@ static __always_inline __s64 averaged(__s64 mean, __s64 value, __u64 elapsed)
 static __always_inline __u64 steady_rate(struct clock *clock, const struct bpfrl_limit *limit,
 					 __s64 backlog, __u64 now)
 {
-	__u64 fair = fair_rate(limit, backlog), mean = READ_ONCE(clock->mean_fair);
+	__u64 fair = fair_rate(limit, backlog);
+	__u64 mean = min(READ_ONCE(clock->mean_fair), limit->fair_cap);
 	__u64 elapsed = now - READ_ONCE(clock->mean_ns), steady;
 
 	if (unlikely(elapsed > 1ULL << SILENCE_SHIFT && (__s64)elapsed > 0))
 		mean = limit->fair_cap;
-	steady = max(min(fair, mean + (mean >> 3)), mean >> 2);
+	steady = max(min(fair, mean + (mean >> 3) + 1), mean >> 2);
 	if (elapsed > MEAN_STEP_NS && (__s64)elapsed > 0) {
 		/* A pause between two looks says little of what was. */
 		__u64 lasting = min(elapsed, 1ULL << (MEAN_SHIFT - 2));
 		__u64 next = backlog <= 0 ? min(2 * mean, limit->fair_cap) : steady;
 
-		WRITE_ONCE(clock->mean_fair, max(averaged(mean, next, lasting), 1));
+		/* Rounded up where it rises, or from little it never would. */
+		WRITE_ONCE(clock->mean_fair, averaged(mean, next, lasting) + (next > mean));
 		WRITE_ONCE(clock->mean_backlog,
 			   averaged(READ_ONCE(clock->mean_backlog), backlog, lasting));
 		WRITE_ONCE(clock->mean_ns, now);

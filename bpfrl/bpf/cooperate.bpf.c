@@ -25,8 +25,9 @@
 #define SILENT_ROUND_TRIPS 64
 
 /* Where options are lost, a sender repeats data after a pause of more than two
- * round trips, and brings nothing new. An ACK that is lost by chance looks alike; but
- * where all are, no more comes in between than a window. */
+ * round trips (a tail loss probe, RFC 8985, comes after these and 2 ticks, 2 ms at least), and
+ * brings nothing new. An ACK that is lost by chance looks alike, once; but where all
+ * are, no more comes in between than a window. */
 #define PAUSE_NS 2000000ULL
 #define DOUBTS 2
 #define TRUST_BYTES (1U << 20)
@@ -72,7 +73,7 @@ static __always_inline void follow(struct bpf_sock_ops *ops)
 	socket->asked = pacing_rate(rate);
 	socket->silent = 0;
 	pace(ops, socket);
-	clamp_cwnd(ops, socket, rate);
+	clamp_cwnd(ops, socket);
 }
 
 /* Another round trip; the receiver may be under no limit any more. */
@@ -123,8 +124,9 @@ static __always_inline void reserve(struct bpf_sock_ops *ops)
 	if (ops->args[0] || ops->skb_len || ops->skb_tcp_flags != TCP_FLAG_ACK)
 		return;
 	socket = socket_of(ops, 0);
-	if (socket && offers(ops, socket))
-		bpf_reserve_hdr_opt(ops, sizeof(struct rate_option), 0);
+	if (socket)
+		socket->writes = offers(ops, socket) &&
+				 !bpf_reserve_hdr_opt(ops, sizeof(struct rate_option), 0);
 }
 
 static __always_inline void write(struct bpf_sock_ops *ops)
@@ -136,8 +138,10 @@ static __always_inline void write(struct bpf_sock_ops *ops)
 		.id = bpf_htons(OPTION_ID),
 	};
 
-	if (!socket || !socket->offer || ops->skb_tcp_flags != TCP_FLAG_ACK)
+	/* What room there is else, another program has reserved. */
+	if (!socket || !socket->writes)
 		return;
+	socket->writes = 0;
 	option.rate = bpf_htonl(socket->offer);
 	bpf_store_hdr_opt(ops, &option, sizeof(option), 0);
 }

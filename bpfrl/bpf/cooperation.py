@@ -24,6 +24,7 @@ _SOURCE: Final = "cooperate.bpf.c"
 _FUNCTION: Final = "bpfrl_cooperate"
 _PROGRAM: Final = "program"
 _LINK: Final = "link"
+_PINS: Final = frozenset((_PROGRAM, _LINK, sockets.STORAGE))
 _STAGED: Final = "~new"
 _FOLDER: Final = re.compile(rf"cooperation-([0-9]+)(?:{_STAGED})?", re.ASCII)
 # What a connection is to tell of: BPF_SOCK_OPS_PARSE_UNKNOWN_HDR_OPT_CB_FLAG (linux/bpf.h).
@@ -39,6 +40,7 @@ def attach(path: Path, bpffs: Path) -> bool:
     Raises:
         CompilerError: the program is not in the cache, and clang cannot make it.
         KernelError: the kernel refused some step; nothing is left of it.
+        BrokenLimiterError: in the place of its folder is something that bpfrl has not made.
     """
     image = generator.compile_object(_SOURCE)
     folder = bpffs / f"cooperation-{cgroup.id_of(path)}"
@@ -54,7 +56,7 @@ def attach(path: Path, bpffs: Path) -> bool:
         if _attached_to(folder) and _runs(folder, libbpf.tag(program)):
             return False
         for left in (staged, folder):
-            if left.exists():
+            if libbpf.is_folder(left):
                 _discard(left)
         with ExitStack() as undo:
             staged.mkdir(mode=0o700)
@@ -66,7 +68,8 @@ def attach(path: Path, bpffs: Path) -> bool:
             staged.rename(folder)
             undo.pop_all()
         try:
-            sockets.adopt(storage, path, _CALLBACKS)
+            if sockets.adopt(storage, path, _CALLBACKS).refused:
+                log.warning("connections that were there before do not cooperate: the kernel lacks the option (6.13)")
         except BpfrlError as error:
             log.warning("connections that were there before do not cooperate: %s", error)
     log.info("senders below %s cooperate", path)
@@ -113,7 +116,9 @@ def sweep(bpffs: Path) -> list[int]:
 
 
 def _folders(bpffs: Path) -> list[tuple[Path, int]]:
-    matches = [(Path(entry.path), _FOLDER.fullmatch(entry.name)) for entry in os.scandir(bpffs)]
+    """What has the name of a cooperation's folder and is one: links are not followed."""
+    entries = [entry for entry in os.scandir(bpffs) if entry.is_dir(follow_symlinks=False)]
+    matches = [(Path(entry.path), _FOLDER.fullmatch(entry.name)) for entry in entries]
     return [(path, int(match[1])) for path, match in matches if match]
 
 
@@ -134,6 +139,6 @@ def _runs(folder: Path, tag: bytes) -> bool:
 def _discard(folder: Path) -> None:
     with suppress(KernelError), libbpf.open_pinned(folder / _LINK) as link:
         libbpf.detach(link)
-    for name in os.listdir(folder):
+    for name in _PINS.intersection(os.listdir(folder)):
         (folder / name).unlink()
     folder.rmdir()

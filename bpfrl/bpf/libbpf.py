@@ -37,7 +37,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple, NoReturn, Self, TypeVar
 
-from bpfrl.errors import InvalidObjectError, KernelError, PermissionDeniedError, VerifierError
+from bpfrl.errors import BrokenLimiterError, InvalidObjectError, KernelError, PermissionDeniedError, VerifierError
 
 Data = TypeVar("Data", bound=Structure)
 
@@ -261,9 +261,26 @@ class LoadedObject:
         return Descriptor(_check(_lib().bpf_map__fd(handle) if handle else -1, f"find the map {name}"))
 
 
+def is_folder(path: Path) -> bool:
+    """True for a folder, False where nothing is.
+
+    Raises:
+        BrokenLimiterError: there is something else; links are not followed.
+    """
+    if not os.path.lexists(path):
+        return False
+    if path.is_symlink() or not path.is_dir():
+        raise BrokenLimiterError(f"{path} is no folder, and not made by bpfrl: remove it")
+    return True
+
+
 def open_pinned(path: Path) -> Descriptor:
     """Open a pinned program, map or link."""
-    return Descriptor(_check(_lib().bpf_obj_get(os.fsencode(path)), f"open {path}"))
+    number = _lib().bpf_obj_get(os.fsencode(path))
+    if number < 0 and ctypes.get_errno() == errno.EACCES and path.is_dir():
+        # Not for want of privileges: whoever makes folders here must not stop what looks at all pins.
+        raise KernelError(f"cannot open {path}: it is a folder")
+    return Descriptor(_check(number, f"open {path}"))
 
 
 def attach(program: Descriptor, target: int, kind: AttachType) -> Descriptor:

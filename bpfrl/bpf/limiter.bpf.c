@@ -20,7 +20,8 @@
  *     makes it exact.
  *  2. The egress program holds each socket that cannot be paced (UDP, raw)
  *     to the same fair rate with a clock of its own, by dropping, and only
- *     while the pod as a whole is behind its limit.
+ *     while the pod as a whole is behind its limit; one that is alone may
+ *     be further ahead.
  *  3. Both cgroup_skb programs drop everything that arrives while D is above
  *     drop_ns; short packets (a ping, an ACK, a SYN) have a little more room,
  *     so that they get through where bulk does not.
@@ -53,14 +54,21 @@
 #define SHARE_TOLERANCE_NS 5000000ULL
 #define SHARE_TOLERANCE_BYTES 6000ULL
 
-/* So long without another's packet, and a sender is alone: it may be so much ahead. */
-#define ALONE_NS 100000000ULL
-#define ALONE_TOLERANCE_NS 100000000LL
+/* So long without another's packet, and a sender is alone: half a second, longer than the
+ * 200 ms after which TCP repeats what was lost, or those would be forgotten meanwhile. */
+#define AT_SHIFT 20
+#define ALONE 500U
+/* It may be so much ahead: less than fresh_ns and drop_ns, which are 100 ms at least, or
+ * it would hold the backlog where all others lose what they send. Short packets beside
+ * it may be further ahead, as with the drops. */
+#define ALONE_TOLERANCE_NS 90000000LL
+#define ALONE_TOLERANCE_SHORT_NS 110000000LL
 
 /* A receive window has at least so many segments, or ACKs would wait for more;
  * and it is less than 16 MB, for which the window scale is 8: windows then are
  * multiples of 256 byte. */
 #define WINDOW_FLOOR 2
+#define SEGMENT_BYTES 1448ULL
 #define WINDOW_CEILING ((16ULL << 20) - 1)
 /* What a connection advertises before it knows anything, segments: as much as senders
  * begin with (RFC 6928), and not 64 KB of which only a loss could take something back. */
@@ -69,7 +77,7 @@
 #define WINDOW_STEP 8
 /* The least that the kernel lets a window be, SOCK_MIN_RCVBUF / 2 (net/ipv4/tcp.c),
  * is less than a segment of Ethernet. */
-#define WINDOW_PAUSE 1152
+#define WINDOW_PAUSE 1152U
 #define PAUSE_OPTION_BYTES 4
 
 /* A receiving socket is paused when it is ahead of its share by so much, and saves
@@ -95,25 +103,36 @@ struct {
 	__type(value, struct bpfrl_counters);
 } counters SEC(".maps");
 
+/* True for a time that is long gone; another CPU may just have written it. */
+static __always_inline bool is_long_ago(__u32 at, __u64 now)
+{
+	return (__u32)(now >> AT_SHIFT) + 1 - at > ALONE + 1;
+}
+
+/* Remember who sends without being paced, and whether another does too. */
+static __always_inline void note_sender(struct __sk_buff *skb, struct clock *clock, __u64 now)
+{
+	__u32 cookie = bpf_get_socket_cookie(skb), at = now >> AT_SHIFT;
+
+	if (READ_ONCE(clock->unpaced) != cookie) {
+		if (!is_long_ago(READ_ONCE(clock->unpaced_at), now))
+			WRITE_ONCE(clock->others_at, at);
+		WRITE_ONCE(clock->unpaced, cookie);
+	}
+	if (READ_ONCE(clock->unpaced_at) != at)
+		WRITE_ONCE(clock->unpaced_at, at);
+}
+
 /*
- * True when for some time nobody else has sent anything to speak of, and so there is
+ * True when of late no more than one has sent anything to speak of, and so there is
  * nobody to be fair to. One that has a congestion control of its own (QUIC) then finds as
  * much room as in a queue before it loses anything.
  */
-static __always_inline bool is_alone(struct __sk_buff *skb, struct clock *clock, __u64 now,
-				     __u64 bytes)
+static __always_inline bool is_alone(struct clock *clock, __u64 now, __s64 backlog, bool bulk)
 {
-	__u64 cookie;
-
-	if (bytes <= SHORT_PACKET)
-		return false;
-	cookie = bpf_get_socket_cookie(skb);
-	if (READ_ONCE(clock->unpaced) != cookie) {
-		WRITE_ONCE(clock->unpaced, cookie);
-		WRITE_ONCE(clock->unpaced_ns, now);
-	}
-	return now - READ_ONCE(clock->unpaced_ns) > ALONE_NS &&
-	       now - READ_ONCE(clock->paced_ns) > ALONE_NS;
+	return backlog <= (bulk ? ALONE_TOLERANCE_NS : ALONE_TOLERANCE_SHORT_NS) &&
+	       is_long_ago(READ_ONCE(clock->others_at), now) &&
+	       is_long_ago(READ_ONCE(clock->paced_at), now);
 }
 
 /* True when a socket that cannot be paced is to lose this packet. */
@@ -201,18 +220,21 @@ static __always_inline int judge(struct __sk_buff *skb, enum bpfrl_direction dir
 	if (limit->rate_bits) {
 		__u64 now = bpf_ktime_get_ns();
 		__s64 backlog = backlog_at(clock, limit, now);
-		bool unpaced, alone;
+		bool unpaced, bulk = packet.bytes > SHORT_PACKET;
 
 		backlog = cap_credit(clock, limit, now, backlog);
 		if (direction == BPFRL_EGRESS && packet.protocol == IPPROTO_TCP &&
 		    is_unpaced_burst(skb, limit, backlog, packet.segments))
 			return EGRESS_REFUSE;
-		/* Before anything is dropped, so that others count whom the limit stops. */
 		unpaced = direction == BPFRL_EGRESS && packet.protocol != IPPROTO_TCP;
-		alone = unpaced && is_alone(skb, clock, now, packet.bytes);
+		if (unpaced && bulk)
+			note_sender(skb, clock, now);
 		if (over_limit(limit, backlog, packet.bytes) ||
-		    (unpaced && !(alone && backlog <= ALONE_TOLERANCE_NS) &&
+		    (unpaced && !is_alone(clock, now, backlog, bulk) &&
 		     over_share(skb, limit, backlog, now, packet.bytes))) {
+			/* A ping leaves others alone; a flood of short packets does not. */
+			if (unpaced && !bulk)
+				note_sender(skb, clock, now);
 			count(&counter->dropped_packets, &counter->dropped_bytes, &packet);
 			return direction == BPFRL_EGRESS ? EGRESS_DROP : DROP;
 		}
@@ -283,7 +305,7 @@ static __always_inline void pace_segment(struct bpf_sock_ops *ops, struct bpfrl_
 
 	mean = mean ? mean - (mean >> 3) + (counted >> 3) : counted;
 	WRITE_ONCE(clock->mean_fair, mean);
-	WRITE_ONCE(clock->paced_ns, now);
+	WRITE_ONCE(clock->paced_at, now >> AT_SHIFT);
 	let_up = max(fair, min(mean + (mean >> 2), limit->fair_cap));
 
 	if (unlikely(backlog > limit->fresh_ns))
@@ -295,7 +317,7 @@ static __always_inline void pace_segment(struct bpf_sock_ops *ops, struct bpfrl_
 		socket->fair = pacing_rate(let_up);
 		pace(ops, socket);
 	}
-	clamp_cwnd(ops, socket, let_up);
+	clamp_cwnd(ops, socket);
 }
 
 /* A connection begins. */
@@ -346,8 +368,17 @@ static __always_inline bool is_ahead(struct bpf_sock_ops *ops, struct bpfrl_sock
 static __always_inline void set_window(struct bpf_sock_ops *ops, struct bpfrl_socket *socket,
 				       __u32 value)
 {
+	/* As the kernel does, or what it has made of it would pass for the application's. */
+	value = max(value, WINDOW_PAUSE);
 	if (!bpf_setsockopt(ops, SOL_TCP, TCP_WINDOW_CLAMP, &value, sizeof(value)))
 		socket->window = value;
+}
+
+/* The least window that lets a sender go on. How long its segments are is not known: as
+ * long as those that leave, and no less than Ethernet's. */
+static __always_inline __u64 least_window(struct bpf_sock_ops *ops)
+{
+	return WINDOW_FLOOR * max((__u64)ops->mss_cache, SEGMENT_BYTES);
 }
 
 /*
@@ -369,20 +400,23 @@ static __always_inline void open_window(struct bpf_sock_ops *ops, struct bpfrl_s
 	__u64 now = bpf_ktime_get_ns();
 	__s64 backlog = backlog_now(BPFRL_INGRESS, now);
 	__u64 rtt_us = min(ops->srtt_us >> 3, RTT_CEILING_US);
-	__u64 least = WINDOW_FLOOR * (__u64)ops->mss_cache;
+	__u64 least = least_window(ops);
 	__u64 steady = steady_rate(clock, limit, backlog, now);
 	__u64 fair = rtt_us < CWND_NEAR_US ? fair_rate(limit, backlog) : steady;
 	__s64 behind = backlog - limit->share_ns;
 	bool ahead = is_ahead(ops, socket, limit, READ_ONCE(clock->mean_backlog), behind, now);
 	__u64 window = fair * (rtt_us + RTT_SLACK_US) / USEC_PER_SEC;
+	struct tcp_sock *tcp = tcp_of(ops);
 	__u32 current, value;
 
 	socket->offer = min(fair >> OFFER_SHIFT, 0xffffffffULL);
-	if (!rtt_us || bpf_getsockopt(ops, SOL_TCP, TCP_WINDOW_CLAMP, &current, sizeof(current)))
+	if (!rtt_us || !tcp)
 		return;
+	current = tcp->window_clamp;
 	if (!socket->window || current != socket->window)
 		socket->own_window = current;
-	if (ahead && behind > 0 && (window < least || rtt_us < RTT_SLACK_US)) {
+	/* Not with a segment of data: it has no room for the padding. */
+	if (!ops->skb_len && ahead && behind > 0 && (window < least || rtt_us < RTT_SLACK_US)) {
 		set_window(ops, socket, WINDOW_PAUSE);
 		/* Asks for a call when the header has been written: see reopen_window(). */
 		bpf_reserve_hdr_opt(ops, PAUSE_OPTION_BYTES, 0);
@@ -404,7 +438,7 @@ static __always_inline void reopen_window(struct bpf_sock_ops *ops)
 	struct bpfrl_socket *socket = socket_of(ops, 0);
 
 	if (socket && socket->window == WINDOW_PAUSE)
-		set_window(ops, socket, WINDOW_FLOOR * ops->mss_cache);
+		set_window(ops, socket, least_window(ops));
 }
 
 /* A window scale (RFC 7323) at which a window of less than one segment can be said: a
@@ -412,11 +446,9 @@ static __always_inline void reopen_window(struct bpf_sock_ops *ops)
 static __always_inline void choose_window_scale(struct bpf_sock_ops *ops)
 {
 	struct bpfrl_socket *socket = enlist(ops);
-	__u32 current;
+	struct tcp_sock *tcp = tcp_of(ops);
 
-	if (!socket ||
-	    bpf_getsockopt(ops, SOL_TCP, TCP_WINDOW_CLAMP, &current, sizeof(current)) ||
-	    (current && current < WINDOW_CEILING))
+	if (!socket || !tcp || (tcp->window_clamp && tcp->window_clamp < WINDOW_CEILING))
 		return;
 	socket->own_window = WINDOW_UNLIMITED;
 	set_window(ops, socket, WINDOW_CEILING - 1);
@@ -426,8 +458,9 @@ static __always_inline void choose_window_scale(struct bpf_sock_ops *ops)
  * nothing has come since the last: its window says what that one's said. */
 static __always_inline bool is_received_on(struct bpf_sock_ops *ops, struct bpfrl_socket *socket)
 {
-	return ops->op != BPF_SOCK_OPS_TCP_CONNECT_CB &&
-	       (!ops->skb_len || ops->bytes_received != socket->received);
+	if (ops->op != BPF_SOCK_OPS_HDR_OPT_LEN_CB)	/* skb_len is that of what has come */
+		return ops->op != BPF_SOCK_OPS_TCP_CONNECT_CB;
+	return !ops->skb_len || ops->bytes_received != socket->received;
 }
 
 SEC("sockops")

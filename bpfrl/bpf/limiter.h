@@ -47,7 +47,7 @@ struct bpfrl_limit {
 	__s64 burst_ns;		/* credit that an idle clock keeps */
 	__s64 drop_ns;		/* backlog from which all packets are dropped */
 	__s64 drop_short_ns;	/* the same for short packets */
-	__s64 fresh_ns;		/* backlog from which a socket's first packets have to wait */
+	__s64 fresh_ns;		/* backlog from which a socket's first packets have to wait, and no segment waits longer */
 	__s64 share_ns;		/* backlog from which sockets are held to their share that do
 				 * not keep to it by themselves */
 	__s64 fair_onset_ns;	/* backlog up to which fair_cap applies */

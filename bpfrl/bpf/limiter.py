@@ -234,7 +234,8 @@ def install(image: bytes, path: Path, folder: Path, report: Callable[[Stage], No
 
     Raises:
         InvalidObjectError: the object holds other programs or maps than a limiter's.
-        KernelError: the kernel refused some step; the limit is as it was.
+        KernelError: the kernel refused some step; the limit is as it was. Where that step was to attach what paces,
+            a predecessor is left that only drops, and the next attach makes it whole.
         PermissionDeniedError: likewise, for want of privileges.
     """
     staged = folder.with_name(folder.name + STAGED)
@@ -320,20 +321,7 @@ def is_ours(folder: Path) -> bool:
 
 def leftovers(folder: Path) -> list[Path]:
     """What attaching or detaching this limiter has left behind when it was cut off."""
-    return [path for mark in (STAGED, RETIRED) if is_folder(path := folder.with_name(folder.name + mark))]
-
-
-def is_folder(path: Path) -> bool:
-    """True for a folder, False where nothing is.
-
-    Raises:
-        BrokenLimiterError: there is something else; links are not followed.
-    """
-    if not os.path.lexists(path):
-        return False
-    if path.is_symlink() or not path.is_dir():
-        raise BrokenLimiterError(f"{path} is no folder, and not made by bpfrl: remove it")
-    return True
+    return [path for mark in (STAGED, RETIRED) if libbpf.is_folder(path := folder.with_name(folder.name + mark))]
 
 
 def _stop_pacing(folder: Path) -> None:

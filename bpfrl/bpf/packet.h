@@ -21,6 +21,10 @@
 #define FRAGMENT_IPV6 1448
 #define FRAGMENT_HEADER_IPV6 8
 
+/* More is charged for no packet, so that a product stays in 64 bits (charge()): 512 KB in
+ * segments of a few bytes would be 5 MB. */
+#define LONGEST_PACKET ((1ULL << 21) - 1)
+
 struct packet {
 	__u64 bytes;	/* at layer 3, with the headers of every segment */
 	__u64 segments;
@@ -74,6 +78,7 @@ static __always_inline struct packet measure(struct __sk_buff *skb)
 	}
 	if (packet.segments > 1)
 		packet.bytes += (packet.segments - 1) * header;
+	packet.bytes = min(packet.bytes, LONGEST_PACKET);
 	return packet;
 }
 

@@ -43,6 +43,7 @@ struct inet_connection_sock {
 
 struct tcp_sock {
 	struct inet_connection_sock inet_conn;
+	__u32 window_clamp;
 	__u32 rcv_ooopack;
 } __kernel_type;
 
@@ -55,7 +56,8 @@ struct bpfrl_socket {
 	__u32 asked;		/* what its receiver asks it to send, byte/s; 0: nothing */
 	__u32 cwnd;		/* limit of the congestion window that was set, segments; 0: none */
 	__u16 silent;		/* round trips since its receiver has asked */
-	__u16 doubts;		/* how often what this socket offers seems to be lost */
+	__u8 doubts;		/* how often what this socket offers seems to be lost */
+	__u8 writes;		/* 1: the header that is being made has room for the offer */
 	__u32 own_window;	/* TCP_WINDOW_CLAMP as the kernel or the application had it, byte */
 	__u32 window;		/* what was set in its place, byte; 0: nothing */
 	__u32 offer;		/* what this socket asks its sender for, 8 byte/s; 0: nothing */
@@ -150,13 +152,13 @@ static __always_inline void pace(void *context, struct bpfrl_socket *socket)
 
 /*
  * Below a few ms of RTT, tcp_tso_autosize() makes bursts of up to 64 KB out of
- * any rate. A window of about two round trips keeps them small. The option
+ * any rate. A window of about two round trips of the pacing rate keeps them small. The option
  * also writes ssthresh: so it is set only when the window has moved by half, and never
  * where RTTs are longer, for it would turn recovery from a loss into slow start.
  */
-static __always_inline void clamp_cwnd(struct bpf_sock_ops *ops, struct bpfrl_socket *socket,
-				       __u64 rate)
+static __always_inline void clamp_cwnd(struct bpf_sock_ops *ops, struct bpfrl_socket *socket)
 {
+	__u64 rate = socket->pacing;
 	__u64 rtt_us = ops->srtt_us >> 3;
 	__u64 mss = ops->mss_cache;
 	__u64 segments;
@@ -165,7 +167,7 @@ static __always_inline void clamp_cwnd(struct bpf_sock_ops *ops, struct bpfrl_so
 	if (!mss || !rtt_us || (rtt_us >= CWND_NEAR_US && !socket->cwnd))
 		return;
 	segments = CWND_UNLIMITED;
-	if (rtt_us < CWND_NEAR_US)
+	if (rtt_us < CWND_NEAR_US && rate && rate < PACING_UNLIMITED)
 		segments = max(rate * (2 * rtt_us + RTT_SLACK_US) / (USEC_PER_SEC * mss), CWND_FLOOR);
 	if (socket->cwnd && segments <= socket->cwnd + (socket->cwnd >> 1) &&
 	    segments >= socket->cwnd >> 1)

@@ -19,7 +19,7 @@ from bpfrl import cgroup, libc
 from bpfrl.bpf import generator, libbpf
 from bpfrl.bpf.layout import SOCKET_BYTES, VisitData
 from bpfrl.bpf.libbpf import Descriptor, LoadedObject, MapShape, MapType
-from bpfrl.errors import CompilerError, KernelError, PermissionDeniedError
+from bpfrl.errors import CompilerError, KernelError
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def adopt(storage: Descriptor, path: Path, callbacks: int) -> Visited:
 
     Raises:
         CompilerError: the program is not in the cache, and clang cannot make it.
-        KernelError: the kernel has no such iterators (before 5.16), or refused.
+        KernelError: the kernel has no such iterators, or not what they read (before 6.1), or refused.
     """
     return _visit("bpfrl_adopt", storage, path, VisitData(cgroup=cgroup.id_of(path), callbacks=callbacks))
 
@@ -77,11 +77,11 @@ def forget(storage: Descriptor, path: Path) -> Visited:
 def shared(bpffs: Path) -> dict[str, Descriptor]:
     """The node's map of what sockets carry, by its name, if anything pinned there has it; the caller closes it."""
     for name in os.listdir(bpffs):
-        with suppress(KernelError, PermissionDeniedError):  # as the kernel says of a folder of that name
-            found = libbpf.open_pinned(bpffs / name / STORAGE)
+        with suppress(KernelError), ExitStack() as stack:
+            found = stack.enter_context(libbpf.open_pinned(bpffs / name / STORAGE))
             if libbpf.has_shape(found, SHAPE):
+                stack.pop_all()
                 return {STORAGE: found}
-            os.close(found.number)
     return {}
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from bpfrl import cgroup, libc
-from bpfrl.bpf import cooperation, generator, law, limiter, sockets
+from bpfrl.bpf import cooperation, generator, law, libbpf, limiter, sockets
 from bpfrl.bpf.layout import LimitsData
 from bpfrl.bpf.limiter import Broken, Limiter, Stage, Status
 from bpfrl.errors import (
@@ -248,7 +248,7 @@ class Agent:
     def _detach(self, uid: str) -> Change:
         left = bool(limiter.leftovers(self.bpffs / uid))
         folder = self._clean(uid)
-        if not limiter.is_folder(folder):
+        if not libbpf.is_folder(folder):
             return Change.DETACHED if left else Change.ABSENT
         _refuse_foreign(folder)
         limiter.remove(folder)
@@ -348,7 +348,7 @@ def _set(current: Limiter, data: LimitsData) -> Change:
 
 def _open(folder: Path) -> Limiter | None:
     """The limiter in a folder, or None where there is none or only what is left of one."""
-    if not limiter.is_folder(folder):
+    if not libbpf.is_folder(folder):
         return None
     _refuse_foreign(folder)
     try:

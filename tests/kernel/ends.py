@@ -21,7 +21,6 @@ from typing import Any, Final
 _SO_MAX_PACING_RATE: Final = 47
 _SECONDS: Final = 30.0
 _CHUNK: Final = 65_536
-_ABORT: Final = struct.pack("ii", 1, 0)
 # struct tcp_info (linux/tcp.h)
 _RTT_AT: Final = 68
 _TOTAL_RETRANS_AT: Final = 100
@@ -34,13 +33,13 @@ class Connection:
         self.socket = sock
         self.sent = self.received = 0
         self.sent_digest, self.received_digest = hashlib.sha256(), hashlib.sha256()
-        self.ended = self.stopping = False
+        self.ended = False
         self.error = ""
 
     def send(self, size: int | None) -> None:
-        """Send so many bytes and the end, or go on until :attr:`stopping`."""
+        """Send so many bytes and the end, or go on for ever."""
         try:
-            while not self.stopping and (size is None or self.sent < size):
+            while size is None or self.sent < size:
                 length = _CHUNK if size is None else min(_CHUNK, size - self.sent)
                 chunk = b"".join(place.to_bytes(8, "big") for place in range(self.sent, self.sent + length, 8))[:length]
                 self.socket.sendall(chunk)
@@ -92,11 +91,10 @@ class Orders:
         self._listeners: dict[int, socket.socket] = {}
         self._connections: list[Connection] = []
 
-    def listen(self, port: int, congestion: str = "") -> None:
+    def listen(self, port: int) -> None:
         """Listen, on both versions of IP."""
         listener = socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=128)
         listener.settimeout(_SECONDS)
-        self._congestion(listener, congestion)
         self._listeners[port] = listener
 
     def accept(self, port: int, count: int) -> list[int]:
@@ -145,6 +143,10 @@ class Orders:
             times.append(time.monotonic() - start)
         return times
 
+    def widest(self, port: int) -> int:
+        """The widest window, byte, that connections which are accepted here may advertise; 0: as the kernel has it."""
+        return self._listeners[port].getsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP)
+
     def pace(self, number: int, rate: int) -> None:
         """Set the application's own pacing rate, byte/s."""
         self._connections[number].socket.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, rate)
@@ -155,19 +157,6 @@ class Orders:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
-
-    def stop(self, numbers: list[int]) -> None:
-        """Have senders come to an end of their own."""
-        for number in numbers:
-            self._connections[number].stopping = True
-
-    def abort(self, numbers: list[int]) -> None:
-        """Close at once, whatever is still to be sent."""
-        for number in numbers:
-            sock = self._connections[number].socket
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
 
     def state(self, numbers: list[int]) -> list[dict[str, Any]]:
         """What there is to say of each."""

@@ -270,6 +270,19 @@ def test_list_shows_what_is_broken_and_passes_over_what_is_foreign(bed: Lab, tmp
     (bed.bpffs / "cilium").rmdir()
 
 
+@pytest.mark.parametrize("pin", ["counters", "egress_link", "sockets"])
+def test_a_folder_in_a_pins_place_breaks_nothing_else(bed: Lab, pin: str) -> None:
+    odd = bed.bpffs / str(uuid.uuid4())
+    (odd / pin).mkdir(parents=True)
+    bed.bpfrl("attach", "--pod-uid", bed.pod_uid, "--rate", "1mbit")
+    found = {item["uid"]: "error" in item for item in items(bed)}
+    assert found == {odd.name: True, bed.pod_uid: False}
+    done = bed.bpfrl("detach", "--pod-uid", odd.name, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    (odd / pin).rmdir()
+    odd.rmdir()
+
+
 def test_a_foreign_folder_under_a_pods_name_is_refused_and_kept(bed: Lab, tmp_path: Path) -> None:
     folder = bed.bpffs / bed.pod_uid
     folder.mkdir()

@@ -7,18 +7,16 @@ does (what may never pass).
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable
 
 import pytest
 
 from bench.lab import PEER_ADDRESS, PEER_ADDRESS_6, POD_ADDRESS, Lab, wait_for_listener
 from bpfrl.bpf import law
 from bpfrl.units import Rate
-from tests.kernel.conftest import Flows, limit, only
+from tests.kernel.conftest import UNPACED, Flows, connect, detach, limit, only, peer_end, pod_end
 
 # So much ahead may be who sends alone without being paced (ALONE_TOLERANCE_NS).
 ALONE_SECONDS = 0.1
@@ -43,28 +41,6 @@ while time.monotonic() < end:
     except OSError as error:
         errors.append(str(error))
 print(json.dumps({"sent": sent, "errors": errors[:3]}))
-"""
-
-# Connects, and tells the pacing rate of its socket whenever it is asked.
-HOLDER = """
-import socket, sys
-own = int(sys.argv[3])
-s = socket.socket()
-if own:
-    s.setsockopt(socket.SOL_SOCKET, 47, own)
-s.connect((sys.argv[1], int(sys.argv[2])))
-s.sendall(bytes(20000))
-for _ in sys.stdin:
-    print(s.getsockopt(socket.SOL_SOCKET, 47) & 0xffffffff, flush=True)
-"""
-
-# Accepts one connection and reads from it until its end.
-SINK = """
-import socket, sys
-listener = socket.create_server(("", int(sys.argv[1])))
-connection, _ = listener.accept()
-while connection.recv(65536):
-    pass
 """
 
 
@@ -257,46 +233,18 @@ def test_a_running_flow_follows_each_change_of_its_limit_and_detach_lets_it_go(b
     assert "Gbits/sec" in received[0], "after detach the flow went on at its old pace"
 
 
-def hold_connection(bed: Lab, own: int = 0) -> Callable[[], int]:
-    """Open a connection from the pod and return what asks for its pacing rate, byte/s."""
-    bed.start(bed.in_peer("/usr/bin/python3", "-c", SINK, "7000"))
-    wait_for_listener(bed.peer_namespace, 7000)
-    holder = subprocess.Popen(
-        bed.in_pod("/usr/bin/python3", "-c", HOLDER, PEER_ADDRESS, "7000", str(own)),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    bed.adopt(holder)
-
-    def pacing() -> int:
-        assert holder.stdin is not None
-        assert holder.stdout is not None
-        print(file=holder.stdin, flush=True)
-        return int(holder.stdout.readline())
-
-    return pacing
-
-
-@pytest.mark.parametrize("own", [0, 12_345_678])
-def test_detach_gives_idle_sockets_back_their_own_pacing(bed: Lab, own: int) -> None:
-    limit(bed, "--egress", "1mbit")
-    pacing = hold_connection(bed, own)
-    assert 0 < pacing() < 2_000_000 / 8
-    bed.bpfrl("detach", "--pod-uid", bed.pod_uid)
-    assert pacing() == (own or 0xFFFFFFFF)
-
-
 @pytest.mark.parametrize("way_out", ["detach", "attach"])
 def test_a_broken_limiter_too_gives_its_sockets_back(bed: Lab, way_out: str) -> None:
     limit(bed, "--egress", "1mbit")
-    pacing = hold_connection(bed)
-    assert 0 < pacing() < 2_000_000 / 8
+    pod, peer = pod_end(bed), peer_end(bed)
+    peer.listen(7000)
+    sender, _ = connect(pod, peer, PEER_ADDRESS)
+    assert sender.each("pacing")[0] < 2_000_000 / 8
     (bed.bpffs / bed.pod_uid / "identity").unlink()
     if way_out == "attach":
         limit(bed, "--egress", "900mbit")
-    bed.bpfrl("detach", "--pod-uid", bed.pod_uid)
-    assert pacing() == 0xFFFFFFFF
+    detach(bed)
+    assert sender.each("pacing") == [UNPACED]
 
 
 def test_a_connection_from_before_the_egress_limit_is_paced_by_it(bed: Lab) -> None:
@@ -343,22 +291,6 @@ def test_large_packets_from_ever_new_sockets_have_no_more_room_than_a_burst(bed:
     assert egress["dropped_packets"] > 1000
     # 100 ms of backlog and 16 KiB of credit beyond the second itself, which Python measures from its own beginning.
     assert egress["passed_bytes"] < 10e6 / 8 * 1.15 + law.BURST_BYTES
-
-
-def test_sockets_of_other_cgroups_in_the_namespace_are_left_alone(bed: Lab) -> None:
-    """A host-network pod shares its namespace; the neighbour's own pacing is not ours to lift."""
-    limit(bed, "--egress", "1mbit")
-    with socket.socket() as neighbour, socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        neighbour.setsockopt(socket.SOL_SOCKET, 47, 1_000_000)
-        neighbour.connect(listener.getsockname())
-        # One process of the pod in the same namespace, as a host-network pod has.
-        join = f'echo 0 >"{bed.pod_cgroup}/container/cgroup.procs" && exec sleep 60'
-        bed.start(["sh", "-c", join])
-        time.sleep(0.2)
-        bed.bpfrl("detach", "--pod-uid", bed.pod_uid)
-        assert neighbour.getsockopt(socket.SOL_SOCKET, 47) == 1_000_000
 
 
 def test_the_peer_can_reach_the_pod(bed: Lab) -> None:

@@ -189,6 +189,15 @@ def test_an_applications_own_pacing_that_is_higher_is_back_after_detach(bed: Lab
     assert sender.each("pacing") == [77_000_000, UNPACED]
 
 
+def test_who_listens_may_advertise_wide_windows_again_after_detach(bed: Lab) -> None:
+    pod = pod_end(bed)
+    limit(bed, "--ingress", "10mbit")
+    pod.listen(7000)
+    assert 0 < pod.widest(7000) < 2**24
+    detach(bed)
+    assert pod.widest(7000) > 2**24
+
+
 def test_paced_flows_follow_each_change_without_a_loss(bed: Lab) -> None:
     limit(bed, "--egress", "1mbit")
     _, receiver = flowing(pod_end(bed), peer_end(bed), PEER_ADDRESS, 2)

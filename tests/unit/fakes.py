@@ -21,7 +21,7 @@ from bpfrl.bpf import cooperation, generator, libbpf, limiter, sockets
 from bpfrl.bpf.layout import Counters, CountersData, IdentityData
 from bpfrl.bpf.libbpf import AttachType, Descriptor, Linked, MapShape, Shape
 from bpfrl.bpf.limiter import Broken, Status
-from bpfrl.errors import InvalidObjectError, KernelError, PermissionDeniedError, RefusedError, UnreachableError
+from bpfrl.errors import InvalidObjectError, KernelError, RefusedError, UnreachableError
 from bpfrl.limits import Change, Limits, PodRef
 from bpfrl.master.events import Reason, Recorder, Report
 from bpfrl.master.pods import Pod
@@ -350,8 +350,6 @@ class Kernel:
         return Thing(kind, next(self.numbers))
 
     def open_pinned(self, path: Path) -> Thing:
-        if path.is_dir():  # EACCES
-            raise PermissionDeniedError(f"cannot open {path}: this needs root")
         try:
             kind, number = path.read_text().split()
         except (OSError, ValueError) as error:

@@ -9,7 +9,7 @@ import ctypes
 import platform
 import re
 import subprocess
-from ctypes import Structure, c_int64, c_uint16, c_uint32, c_uint64
+from ctypes import Structure, c_int64, c_uint8, c_uint16, c_uint32, c_uint64
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ OWN_WINDOW = 65_535 << 8
 
 _FLAGS = ("-O1", "-shared", "-fPIC", "-w")
 _COUNTED = ("unsigned-integer-overflow", "signed-integer-overflow", "integer-divide-by-zero")
-_TYPES: dict[str, Any] = {"__u64": c_uint64, "__s64": c_int64, "__u32": c_uint32, "__u16": c_uint16}
+_TYPES: dict[str, Any] = {"__u64": c_uint64, "__s64": c_int64, "__u32": c_uint32, "__u16": c_uint16, "__u8": c_uint8}
 
 
 def source(name: str) -> str:
@@ -56,7 +56,7 @@ def mirror(name: str, file: str) -> type[Structure]:
     """A structure that only the programs have, if it is made of integers alone."""
     body = re.search(rf"^struct {name} \{{\n(.*?)^\}}", source(file), re.MULTILINE | re.DOTALL)
     assert body
-    fields = re.findall(r"^\t(__[us]\d\d) (\w+);", body[1], re.MULTILINE)
+    fields = re.findall(r"^\t(__[us]\d+) (\w+);", body[1], re.MULTILINE)
     assert len(fields) == len(re.findall(r"^\t\w", body[1], re.MULTILINE))
     return type(name, (Structure,), {"_fields_": [(field, _TYPES[kind]) for kind, field in fields]})
 
@@ -114,7 +114,7 @@ class Program:
     def begin(self) -> None:
         """A connection that was asked for begins."""
         self.call("TCP_CONNECT_CB")
-        self.call("ACTIVE_ESTABLISHED_CB", srtt_us=1_000)
+        self.call("ACTIVE_ESTABLISHED_CB", srtt_us=1_000, length=40)
 
     def send(self, **about: int) -> None:
         """A segment of data leaves."""

@@ -13,6 +13,9 @@
 
 #define PAGE 4096UL
 #define CGROUP 4711
+/* SOCK_MIN_RCVBUF / 2, of which tcp_set_window_clamp() makes smaller ones. */
+#define LEAST_WINDOW 1152
+#define COOKIES 16
 
 struct played {
 	__u64 now;
@@ -21,14 +24,15 @@ struct played {
 	__u32 cwnd;		/* TCP_BPF_SNDCWND_CLAMP */
 	__u32 window;		/* TCP_WINDOW_CLAMP */
 	__u32 flags;		/* what the socket calls sockops for */
-	__u32 reserved;		/* bytes for options in the header that is written */
+	__u32 reserved;		/* bytes for options in the headers of ACKs */
+	__u32 squeezed;		/* the same in those of data, whose size is settled */
 	__u32 told;		/* 1: the ACK that comes has the option */
 	__u32 rate;		/* in it */
 	__u32 offered;		/* the rate in the option that was written */
 	__u32 vanishing;	/* 1: the limits go when the time is asked for */
 	__u32 products;		/* that left their type */
 	__u32 quotients;
-	__u32 cookie;		/* of the socket that sends packets */
+	__u32 cookie;		/* of the socket that is meant: below COOKIES */
 	__u32 segments;		/* of data that have come */
 	__u32 early;		/* those of them that came before others */
 	__u32 reply;		/* of the last call */
@@ -44,7 +48,7 @@ struct played {
 #define bpf_getsockopt(context, level, ...) played_get(__VA_ARGS__)
 #define bpf_setsockopt(context, level, ...) played_set(__VA_ARGS__)
 #define bpf_sock_ops_cb_flags_set(ops, value) (played.flags = (value))
-#define bpf_reserve_hdr_opt(ops, size, flags) (played.reserved += (size))
+#define bpf_reserve_hdr_opt(ops, size, flags) played_reserve((ops)->skb_len, size)
 #define bpf_load_hdr_opt(ops, option, size, flags) played_load(option, size)
 #define bpf_store_hdr_opt(ops, option, size, flags) played_store(option)
 
@@ -79,8 +83,16 @@ static inline long played_set(int option, const void *value, int size)
 	if (size != sizeof(__u32) || !played_option(option))
 		return -1;
 	memcpy(played_option(option), value, size);
+	if (played.window < LEAST_WINDOW)
+		played.window = LEAST_WINDOW;
 	if (played.pacing < played.lowest)
 		played.lowest = played.pacing;
+	return 0;
+}
+
+static inline long played_reserve(__u32 length, __u32 size)
+{
+	*(length ? &played.squeezed : &played.reserved) += size;
 	return 0;
 }
 
@@ -105,13 +117,13 @@ static struct bpfrl_counters played_counters;
 
 #include PROGRAM
 
-struct bpfrl_socket storage;
-static bool stored;
+struct bpfrl_socket storage[COOKIES];
+static bool stored[COOKIES];
 
 static void *played_storage(__u64 flags)
 {
-	stored |= flags & BPF_SK_STORAGE_GET_F_CREATE;
-	return stored ? &storage : NULL;
+	stored[played.cookie] |= flags & BPF_SK_STORAGE_GET_F_CREATE;
+	return stored[played.cookie] ? &storage[played.cookie] : NULL;
 }
 
 static void *played_kernel_socket(void)
@@ -120,6 +132,7 @@ static void *played_kernel_socket(void)
 
 	tcp.inet_conn.icsk_inet.sk.sk_max_pacing_rate =
 		played.pacing == PACING_UNLIMITED ? ~0UL : played.pacing;
+	tcp.window_clamp = played.window;
 	tcp.rcv_ooopack = played.early;
 	return &tcp;
 }
@@ -137,7 +150,7 @@ void reset(void)
 {
 	memset(&played, 0, sizeof(played));
 	memset(&storage, 0, sizeof(storage));
-	stored = false;
+	memset(&stored, 0, sizeof(stored));
 #ifdef LIMITER
 	memset(&limits, 0, sizeof(limits));
 	memset(&clocks, 0, sizeof(clocks));

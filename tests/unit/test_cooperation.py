@@ -11,7 +11,7 @@ from bpfrl import cgroup
 from bpfrl.bpf import cooperation, generator, sockets
 from bpfrl.bpf.libbpf import Descriptor
 from bpfrl.bpf.sockets import Visited
-from bpfrl.errors import CompilerError, KernelError
+from bpfrl.errors import BrokenLimiterError, CompilerError, KernelError
 from tests.unit.conftest import make
 from tests.unit.fakes import Kernel, Thing
 
@@ -173,6 +173,14 @@ def test_connections_that_cannot_be_reached_are_a_warning(
     assert cooperation.attached(bpffs) == [cgroup.id_of(pods)]
 
 
+def test_a_kernel_that_lacks_the_option_is_a_warning(
+    bpffs: Path, pods: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sockets, "adopt", lambda *_: Visited(0, 3))
+    assert cooperation.attach(pods, bpffs)
+    assert "connections that were there before do not cooperate: the kernel lacks the option" in caplog.text
+
+
 def test_it_shares_the_map_that_a_limiter_has_pinned(kernel: Kernel, bpffs: Path, pods: Path) -> None:
     with kernel.make("map") as storage:
         kernel.shapes[storage.identifier] = sockets.SHAPE
@@ -274,11 +282,26 @@ def test_several_cgroups_may_cooperate(bpffs: Path, tmp_path: Path) -> None:
 
 
 def test_sweeping_goes_on_past_what_something_else_made(bpffs: Path, caplog: pytest.LogCaptureFixture) -> None:
-    make(bpffs / "cooperation-7" / "theirs")
+    for name in ("theirs", "link"):
+        make(bpffs / f"cooperation-{len(name)}" / name)
     (bpffs / "cooperation-8").touch()
     make(bpffs / "cooperation-9")
     assert cooperation.sweep(bpffs) == [9]
-    assert names(bpffs) == {"cooperation-7", "cooperation-8"}
-    assert (bpffs / "cooperation-7" / "theirs").is_dir()
-    for number in (7, 8):
+    assert names(bpffs) == {"cooperation-4", "cooperation-6", "cooperation-8"}
+    assert (bpffs / "cooperation-6" / "theirs").is_dir()
+    for number in (4, 6):
         assert f"cannot sweep {bpffs / f'cooperation-{number}'}: " in caplog.text
+    assert cooperation.attached(bpffs) == []
+
+
+def test_links_in_the_bpffs_are_not_followed(bpffs: Path, pods: Path, tmp_path: Path) -> None:
+    elsewhere = make(tmp_path / "elsewhere")
+    for pin in PINS:
+        (elsewhere / pin).touch()
+    folder_of(bpffs, pods).symlink_to(elsewhere)
+    with pytest.raises(BrokenLimiterError, match="is no folder, and not made by bpfrl: remove it"):
+        cooperation.attach(pods, bpffs)
+    assert cooperation.sweep(bpffs) == []
+    assert not cooperation.detach(cgroup.id_of(pods), bpffs)
+    assert names(elsewhere) == PINS
+    assert folder_of(bpffs, pods).is_symlink()

@@ -14,7 +14,7 @@ from bpfrl.bpf.layout import EGRESS, INGRESS, LimitData
 from bpfrl.limits import Limits
 from bpfrl.units import Rate
 from tests.unit import native, test_law
-from tests.unit.native import OPERATIONS, OWN_WINDOW, UNLIMITED, Clock, Limiter, Program, constant, source
+from tests.unit.native import OPERATIONS, OWN_WINDOW, UNLIMITED, Clock, Limiter, Program, constant
 from tests.unit.test_law import MS, NS, RATES, Law, both, bursts, lengths, longest_backlog, rates
 
 DAY = 86_400 * NS
@@ -151,6 +151,7 @@ def test_nothing_that_a_connection_does_makes_a_product_too_large(
         here.acknowledge(srtt_us=srtt_us, mss=mss, received=received)
         here.call("WRITE_HDR_OPT_CB", mss=mss)
     assert counted(here) == (0, 0)
+    assert here.played.squeezed == 0
 
 
 @settings(max_examples=50)
@@ -355,17 +356,17 @@ def backlog(here: Limiter) -> float:
 def test_who_sends_alone_finds_the_room_of_a_queue(here: Limiter) -> None:
     here.limit(Limits(SLOW, None))
     here.played.cookie = 1
-    flood(here, SLOW, 0.5)
-    assert 99 < backlog(here) < 103
+    flood(here, SLOW, 1)
+    assert 89 < backlog(here) < 93
     # Another comes, that takes what it is given; and then one that is paced.
     for _ in range(10):
         here.played.cookie = 2
-        here.packet(EGRESS, 200, socket.IPPROTO_UDP)
+        assert here.packet(EGRESS, 200, socket.IPPROTO_UDP)
         here.played.cookie = 1
         flood(here, SLOW, 0.05)
     assert backlog(here) < 10
-    flood(here, SLOW, 0.5)
-    assert backlog(here) > 99
+    flood(here, SLOW, 1)
+    assert backlog(here) > 89
     here.begin()
     for _ in range(10):
         here.send(srtt_us=1_000)
@@ -373,14 +374,46 @@ def test_who_sends_alone_finds_the_room_of_a_queue(here: Limiter) -> None:
     assert backlog(here) < 10
 
 
-def test_short_packets_of_others_leave_one_alone(here: Limiter) -> None:
-    here.limit(Limits(SLOW, None))
-    for _ in range(10):
-        here.played.cookie = 1
-        flood(here, SLOW, 0.05)
+def test_beside_who_sends_alone_a_request_gets_through_and_is_not_forgotten_until_it_is_repeated(
+    here: Limiter,
+) -> None:
+    rate = Rate(10**8)
+    here.limit(Limits(rate, None))
+    here.played.cookie = 1
+    flood(here, rate, 1)
+    for _ in range(3):
         here.played.cookie = 2
-        here.packet(EGRESS, 100, socket.IPPROTO_UDP)
-    assert backlog(here) > 99
+        here.send(srtt_us=1_000)
+        assert here.packet(EGRESS, 500, socket.IPPROTO_TCP)
+        here.played.cookie = 1
+        flood(here, rate, 0.2)
+        assert backlog(here) < 10
+
+
+@pytest.mark.parametrize("each_second", [10, 2_000])
+def test_short_packets_get_through_beside_who_sends_alone(here: Limiter, each_second: int) -> None:
+    rate, lost = Rate(10**8), 0
+    here.limit(Limits(rate, None))
+    here.played.cookie = 1
+    flood(here, rate, 1)
+    for _ in range(each_second):
+        here.played.cookie = 2
+        lost += not here.packet(EGRESS, 100, socket.IPPROTO_UDP)
+        here.played.cookie = 1
+        flood(here, rate, 1 / each_second)
+    assert lost == 0
+    assert backlog(here) > 89
+
+
+def test_a_flood_of_short_packets_shares_with_who_sends_alone(here: Limiter) -> None:
+    here.limit(Limits(SLOW, None))
+    bulk, short = 0, 0
+    for _ in range(2_500):
+        here.played.cookie = 2
+        short += sum(here.packet(EGRESS, 100, socket.IPPROTO_UDP) for _ in range(20))
+        here.played.cookie = 1
+        bulk += flood(here, SLOW, 0.0012)
+    assert 0.25 < bulk * 1_500 / (bulk * 1_500 + short * 100) < 0.75
 
 
 # Receivers.
@@ -439,11 +472,12 @@ def test_ever_new_sockets_are_no_way_around_a_share(here: Limiter) -> None:
         clock.tat = here.played.now + backlog_ms * MS
         here.begin()
         clock.mean_backlog = 150 * MS
-        received = 0
-        while here.played.window != PAUSE:
-            received += 1_448
-            here.acknowledge(srtt_us=500, received=received)
-        first.append(received)
+        for count in range(2_000):
+            if here.played.window == PAUSE:
+                break
+            here.acknowledge(srtt_us=500, received=count * 1_448)
+        first.append(count)
+    assert here.played.window == PAUSE
     assert first[0] > 1.5 * first[1] > 1.5 * first[2] > 0
 
 
@@ -469,6 +503,18 @@ def test_what_listens_is_given_its_wide_windows_back(here: Limiter) -> None:
     here.played.window = 50_000
     here.call("TCP_LISTEN_CB")
     assert here.played.window == 50_000
+
+
+def test_a_small_mss_makes_no_window_that_the_kernel_does_not_take(here: Limiter) -> None:
+    here.limit(Limits(None, SLOW))
+    run_clocks(here)
+    here.begin()
+    here.clock(INGRESS).tat = here.played.now + NS // 5
+    for _ in range(100):
+        here.played.now += MS
+        here.acknowledge(srtt_us=500, mss=100)
+        assert here.socket.own_window == OWN_WINDOW
+    assert here.played.window >= 2 * 1_448
 
 
 def test_a_segment_of_data_says_the_window_of_the_last_ack_unless_something_has_come(here: Limiter) -> None:
@@ -630,21 +676,14 @@ def test_what_comes_slowly_behind_a_lost_segment_ends_no_offers(sender: Program)
 # Numbers that Python repeats.
 
 
-def flags_of(program: str, names: list[str]) -> int:
-    """The flags that a program's source asks new connections for."""
-    text = source(program)
-    assert all(f"BPF_SOCK_OPS_{name}_CB_FLAG" in text for name in names)
-    return sum(OPERATIONS[f"{name}_CB_FLAG"] for name in names)
-
-
 def test_connections_that_were_there_call_for_what_new_ones_do(here: Limiter, sender: Program) -> None:
     for program, callbacks in ((here, limiter._CALLBACKS), (sender, cooperation._CALLBACKS)):
         for begun in ("ACTIVE_ESTABLISHED_CB", "PASSIVE_ESTABLISHED_CB"):
             program.reset()
             program.call(begun)
             assert program.played.flags == callbacks
-    assert flags_of("limiter.bpf.c", ["WRITE_HDR_OPT"]) == limiter._CALLBACKS
-    assert flags_of("cooperate.bpf.c", ["PARSE_UNKNOWN_HDR_OPT"]) == cooperation._CALLBACKS
+    assert OPERATIONS["WRITE_HDR_OPT_CB_FLAG"] == limiter._CALLBACKS
+    assert OPERATIONS["PARSE_UNKNOWN_HDR_OPT_CB_FLAG"] == cooperation._CALLBACKS
 
 
 def test_what_is_played_is_laid_out_as_the_programs_have_it(here: Limiter) -> None:
