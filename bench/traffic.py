@@ -54,6 +54,7 @@ class Transferred(NamedTuple):
         wire: bytes at layer 3 for one of payload.
         udp_lost: the share of what was sent that was not received; None for TCP.
         senders: iperf3's summary of each sending TCP socket.
+        retransmits: segments that TCP has sent again in the seconds that count.
     """
 
     flows: list[float]
@@ -62,6 +63,7 @@ class Transferred(NamedTuple):
     wire: float
     udp_lost: float | None
     senders: list[Json]
+    retransmits: int
 
 
 class Asked(NamedTuple):
@@ -178,7 +180,8 @@ def directions(case: Case) -> tuple[Direction, ...]:
 
 def _transfers(bed: Lab, case: Case, seconds: int) -> list[Transfer]:
     """The iperf3 transfers of a case, each with a port of its own."""
-    duration = ["-t", str(seconds + spare_seconds(case)), "-O", str(omitted(case))]
+    # Not by -O: where iperf3's timers end at once, its first interval that counts is one second of bytes in two.
+    duration = ["-t", str(omitted(case) + seconds + spare_seconds(case))]
     tcp = [*duration, "-P", str(case.flows), "-C", case.congestion]
     udp = [*duration, *udp_options(case.rate)]
     kinds = {"tcp": [tcp], "udp": [udp], "mixed": [tcp, udp], "idle": []}[case.traffic]
@@ -223,7 +226,7 @@ def _figures(
         peak=max(map(sum, by_second), default=0.0) / len(counted),
         jain=jain(flows) if flows else None,
         udp_lost=next((each.udp_lost for each in transfers if each.udp_lost is not None), None),
-        retransmits=sum(sender["retransmits"] for sender in senders) if senders else None,
+        retransmits=sum(each.retransmits for each in transfers) if senders else None,
         tcp_rtt=fmean(sender["mean_rtt"] for sender in senders) / 1000 if senders else None,
         p50=requested.p50,
         p99=requested.p99,
@@ -246,7 +249,8 @@ def _transferred(reports: Reports, case: Case, seconds: int) -> Transferred:
     """
     intervals = [interval["sum"] for interval in reports.server["intervals"]]
     whole = intervals[: omitted(case) + seconds]
-    flows = _flows(reports.server, seconds)
+    flows = _flows(reports.server, case, seconds)
+    sent = _counting(reports.client, case, seconds)
     tcp = reports.client["start"]["test_start"]["protocol"] == "TCP"
     headers = TCP_HEADERS + _IPV6_MORE * case.ipv6
     return Transferred(
@@ -254,14 +258,21 @@ def _transferred(reports: Reports, case: Case, seconds: int) -> Transferred:
         seconds=[each["bits_per_second"] for each in whole if each["seconds"] > _WHOLE_SECOND],
         payload=sum(each["bytes"] for each in intervals),
         wire=case.mtu / (case.mtu - headers) if tcp else UDP_PACKET / PAYLOAD,
-        udp_lost=None if tcp else max(0.0, 1 - sum(flows) / sum(_flows(reports.client, seconds))),
+        udp_lost=None if tcp else max(0.0, 1 - sum(flows) / sum(_flows(reports.client, case, seconds))),
         senders=[stream["sender"] for stream in reports.client["end"]["streams"]] if tcp else [],
+        retransmits=sum(interval["sum"]["retransmits"] for interval in sent) if tcp else 0,
     )
 
 
-def _flows(report: Json, seconds: int) -> list[float]:
+def _counting(report: Json, case: Case, seconds: int) -> list[Json]:
+    """What one end says of the seconds that count, one by one."""
+    intervals: list[Json] = report["intervals"]
+    return intervals[omitted(case) : omitted(case) + seconds]
+
+
+def _flows(report: Json, case: Case, seconds: int) -> list[float]:
     """What one end says of each flow in the seconds that count, bit/s."""
-    counting = [interval for interval in report["intervals"] if not interval["sum"]["omitted"]][:seconds]
+    counting = _counting(report, case, seconds)
     duration = sum(interval["sum"]["seconds"] for interval in counting)
     by_flow = zip(*(interval["streams"] for interval in counting), strict=True)
     return [sum(stream["bytes"] for stream in parts) * 8 / duration for parts in by_flow]
