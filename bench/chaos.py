@@ -34,7 +34,7 @@ import msgspec
 
 from bench import machine
 from bench.converge import pid
-from bench.fleet import CONTROL_ADDRESS, Daemon, Fleet, Node, fleet, wait_for
+from bench.fleet import CONTROL_ADDRESS, COOPERATION_KINDS, LIMITER_KINDS, Daemon, Fleet, Node, fleet, wait_for
 from bench.kubeapi import Api, ApiError, RealApi, StandIn
 from bench.record import Machine
 from bpfrl.bpf import generator
@@ -71,9 +71,8 @@ _AIM_SECONDS: Final = 0.2
 _GROWTH: Final = 16
 _SHORTEST_LIFE: Final = 6
 _IDENTITY: Final = ".rodata.identit"  # the kernel keeps 15 characters of a map's name
-# A limiter's programs, the links that attach them, and its maps.
-_OBJECTS: Final = {"programs": 3, "links": 3, "maps": 5}
-_KINDS: Final = ("cgroup_inet_egress", "cgroup_inet_ingress", "cgroup_sock_ops")
+# A limiter's programs, the links that attach them, and its own maps; the map of sockets is one for all of a node.
+_OBJECTS: Final = {"programs": 3, "links": 3, "maps": 4}
 
 
 class ChaosError(Exception):
@@ -535,25 +534,29 @@ class Cluster:
             has = limiters.get(uid)
             if has not in pod.allowed():
                 yield f"{node.name}: {pod} has {has}, and not {pod.allowed()}"
-        for name in node.pinned():
+        for name in node.limiters():
             if name.endswith((STAGED, RETIRED)) or name not in self._uids:
                 yield f"{node.name}: {name} is pinned"
 
     def _programs(self, node: Node) -> Iterator[str]:
-        """What bpftool sees on the pods' cgroups."""
+        """What bpftool sees on the pods' cgroups, and on the one of them all."""
+        if node.cooperating() != COOPERATION_KINDS:
+            yield f"{node.name}: all pods have the programs {node.cooperating()}, and not {COOPERATION_KINDS}"
         attached = node.attached()
         limited = {each.pod.uid for each in Agent(node.bpffs).limiters() if not isinstance(each, Broken)}
         for uid in node.pods:
-            expected = [*_KINDS] if uid in limited else []
+            expected = LIMITER_KINDS if uid in limited else []
             if attached.get(uid, []) != expected:
                 yield f"{node.name}: {uid} has the programs {attached.get(uid)}, and not {expected}"
 
     def _leaks(self) -> Iterator[str]:
         """What there is of our limiters' objects in the kernel beyond those that are pinned."""
-        folders = sum(len(node.pinned()) for node in self.bed.nodes)
+        limiters = [len(node.limiters()) for node in self.bed.nodes]
+        expected = {kind: sum(limiters) * each for kind, each in _OBJECTS.items()}
+        expected["maps"] += sum(1 for each in limiters if each)
         for kind, count in self._objects().items():
-            if count != folders * _OBJECTS[kind]:
-                yield f"{count} {kind} of {folders} limiters in the kernel, and not {folders * _OBJECTS[kind]}"
+            if count != expected[kind]:
+                yield f"{count} {kind} of {sum(limiters)} limiters in the kernel, and not {expected[kind]}"
         for node in self.bed.nodes:
             held = [link for link in _descriptors(node.daemon) if link.startswith("anon_inode:bpf")]
             if held:

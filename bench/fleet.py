@@ -27,6 +27,9 @@ from typing import Any, Final
 from bench.lab import BPFRL, in_namespace, remove_cgroups, run
 from bpfrl import cgroup
 
+# Kinds of the programs that a limiter has on its pod's cgroup, and cooperation on that of all pods.
+LIMITER_KINDS: Final = ["cgroup_inet_egress", "cgroup_inet_ingress", "cgroup_sock_ops"]
+COOPERATION_KINDS: Final = ["cgroup_sock_ops"]
 CONTROL_ADDRESS: Final = "10.78.0.1"
 NODE_PORT: Final = 10002
 _NODE_ADDRESS: Final = "10.78.0.{}"
@@ -120,10 +123,20 @@ class Node:
     daemon: Daemon
     pods: dict[str, Path] = field(default_factory=dict)
 
+    @property
+    def kubepods(self) -> Path:
+        """The cgroup of all pods, which the kubelet makes as it starts."""
+        return self.cgroup_root / "kubepods.slice"
+
+    @property
+    def cooperation(self) -> str:
+        """The name in the bpffs of what all pods share."""
+        return f"cooperation-{cgroup.id_of(self.kubepods)}"
+
     def start_pod(self, uid: str, qos: str = "BestEffort") -> Path:
         """Make a pod's cgroup, as the kubelet does, with one container."""
         stem = f"kubepods{_QOS[qos]}"
-        parent = self.cgroup_root / "kubepods.slice" / (f"{stem}.slice" if _QOS[qos] else "")
+        parent = self.kubepods / (f"{stem}.slice" if _QOS[qos] else "")
         path = parent / f"{stem}-pod{uid.replace('-', '_')}.slice"
         (path / "container").mkdir(parents=True)
         self.pods[uid] = path
@@ -166,18 +179,19 @@ class Node:
 
     def programs(self) -> dict[str, list[tuple[str, int]]]:
         """The same with the programs' ids."""
-        found = {}
-        for uid, path in self.pods.items():
-            output = subprocess.run(
-                ["bpftool", "-j", "cgroup", "show", str(path)], capture_output=True, text=True, check=True
-            ).stdout
-            if programs := json.loads(output.strip() or "[]"):
-                found[uid] = sorted((program["attach_type"], program["id"]) for program in programs)
-        return found
+        return {uid: programs for uid, path in self.pods.items() if (programs := _programs(path))}
+
+    def cooperating(self) -> list[str]:
+        """Kinds of the programs on the cgroup of all pods, as bpftool sees them."""
+        return [kind for kind, _ in _programs(self.kubepods)]
 
     def pinned(self) -> list[str]:
         """The names in the bpffs."""
         return sorted({*os.listdir(self.bpffs)} - _OF_THE_KERNEL)
+
+    def limiters(self) -> list[str]:
+        """The names in the bpffs, but for what all pods share."""
+        return [name for name in self.pinned() if name != self.cooperation]
 
     def bpfrl(self, *arguments: str) -> str:
         """Run the command by hand on this node, and return what it says."""
@@ -223,7 +237,7 @@ class Fleet:
 
 @contextlib.contextmanager
 def fleet(count: int = 1) -> Iterator[Fleet]:
-    """Build the test bed with nodes that serve, and take it down whatever happens."""
+    """Build the test bed with nodes that serve and whose pods cooperate, and take it down whatever happens."""
     tag = f"bpfrl-{os.getpid()}-{uuid.uuid4().hex[:6]}"
     with contextlib.ExitStack() as undo:
         folder = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix=tag)))
@@ -243,6 +257,7 @@ def fleet(count: int = 1) -> Iterator[Fleet]:
             node.daemon.start()
         for node in bed.nodes:
             wait_for(node.serves, _START_SECONDS, node.daemon.output)
+        wait_for(lambda: all(node.pinned() == [node.cooperation] for node in bed.nodes), _START_SECONDS)
         yield bed
 
 
@@ -274,7 +289,7 @@ def _add_node(bed: Fleet, number: int, root: Path, undo: contextlib.ExitStack) -
     run("mount", "-t", "bpf", "bpf", str(bpffs))
     undo.callback(run, "umount", str(bpffs))
     cgroup_root = root / name
-    cgroup_root.mkdir()
+    (cgroup_root / "kubepods.slice").mkdir(parents=True)
     environment = os.environ | {"BPFRL_BPFFS": str(bpffs), "BPFRL_CGROUP_ROOT": str(cgroup_root)}
     command = [BPFRL, "serve-node", "--certs", str(bed.certificates / "node"), "--listen", f"{address}:{NODE_PORT}"]
     daemon = Daemon(in_namespace(namespace, *command), environment, bed.folder / f"{name}.log")
@@ -285,6 +300,12 @@ def _add_namespace(name: str, undo: contextlib.ExitStack) -> None:
     run("ip", "netns", "add", name)
     undo.callback(run, "ip", "netns", "del", name)
     run("ip", "-n", name, "link", "set", "lo", "up")
+
+
+def _programs(path: Path) -> list[tuple[str, int]]:
+    """Kinds and ids of the programs on a cgroup."""
+    output = subprocess.run(["bpftool", "-j", "cgroup", "show", path], capture_output=True, check=True).stdout
+    return sorted((program["attach_type"], program["id"]) for program in json.loads(output.strip() or b"[]"))
 
 
 def _rates(item: dict[str, Any]) -> tuple[int, int]:

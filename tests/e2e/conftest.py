@@ -7,22 +7,18 @@ kernels of all nodes must come to (:func:`converge`), and leaves none of it behi
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import subprocess
 import time
 import uuid
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import pytest
 
-from bench.fleet import CONTROL_ADDRESS, Daemon, Fleet, Node, fleet, wait_for
+from bench.fleet import CONTROL_ADDRESS, COOPERATION_KINDS, LIMITER_KINDS, Daemon, Fleet, Node, fleet, wait_for
 from bench.kubeapi import Api, ApiError, RealApi, StandIn, real_assets
-from bpfrl import cgroup
 
 EGRESS: Final = "kubernetes.io/egress-bandwidth"
 INGRESS: Final = "kubernetes.io/ingress-bandwidth"
@@ -32,7 +28,6 @@ MBIT: Final = 10**6
 # What takes a tenth of a second takes this long on a machine that has something else to do.
 SECONDS: Final = 30.0
 
-_KINDS: Final = ["cgroup_inet_egress", "cgroup_inet_ingress", "cgroup_sock_ops"]
 _NODES: Final = 3
 _POLL_SECONDS: Final = 0.02
 _NOT_FOUND: Final = 404
@@ -87,11 +82,11 @@ class State(NamedTuple):
 
 def _wanted(node: Node, expected: Expected) -> State:
     limits = {pod.cgroup_uid: rates for pod, rates in expected.items() if pod.node is node}
-    return State(limits, dict.fromkeys(limits, _KINDS), ["cgroup_sock_ops"], sorted([*limits, _cooperation(node)]))
+    return State(limits, dict.fromkeys(limits, LIMITER_KINDS), COOPERATION_KINDS, sorted([*limits, node.cooperation]))
 
 
 def _state(node: Node) -> State:
-    return State(node.limits(), node.attached(), _cooperating(node), node.pinned())
+    return State(node.limits(), node.attached(), node.cooperating(), node.pinned())
 
 
 def _has(node: Node, wanted: State) -> bool:
@@ -99,28 +94,9 @@ def _has(node: Node, wanted: State) -> bool:
     return (
         node.pinned() == wanted.pinned
         and node.attached() == wanted.attached
-        and _cooperating(node) == wanted.cooperating
+        and node.cooperating() == wanted.cooperating
         and (not wanted.limits or node.limits() == wanted.limits)
     )
-
-
-def _top(node: Node) -> Path:
-    return node.cgroup_root / "kubepods.slice"
-
-
-def _cooperation(node: Node) -> str:
-    """The folder of what all pods of a node share."""
-    return f"cooperation-{cgroup.id_of(_top(node))}"
-
-
-def _cooperating(node: Node) -> list[str]:
-    output = subprocess.run(["bpftool", "-j", "cgroup", "show", _top(node)], capture_output=True, check=True).stdout
-    return [program["attach_type"] for program in json.loads(output.strip() or b"[]")]
-
-
-def limiters(node: Node) -> list[str]:
-    """What is pinned on a node, but for what all pods share."""
-    return [name for name in node.pinned() if name != _cooperation(node)]
 
 
 class Cluster:
@@ -222,7 +198,7 @@ class Cluster:
                 self.converge({})
         finally:
             for node in self.nodes:
-                if limiters(node):
+                if node.limiters():
                     node.bpfrl("detach", "--all")
                 for uid in [*node.pods]:
                     node.end_pod(uid)
@@ -251,11 +227,6 @@ def bed() -> Iterator[Fleet]:
     with fleet(_NODES) as built:
         _fleets.append(built)
         try:
-            for node in built.nodes:
-                # A node has this folder from the kubelet's start on; a daemon that came before looks once a minute.
-                _top(node).mkdir()
-                node.daemon.restart()
-            wait_for(lambda: all(node.pinned() == [_cooperation(node)] for node in built.nodes), SECONDS)
             yield built
         finally:
             _fleets.remove(built)

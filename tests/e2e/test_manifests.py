@@ -13,7 +13,7 @@ import yaml
 
 from bench.fleet import NODE_PORT, Daemon, Fleet, Node, wait_for
 from bench.lab import BPFRL, in_namespace
-from tests.e2e.conftest import EGRESS, INGRESS, MBIT, SECONDS, Pod, await_acting, converge, limiters
+from tests.e2e.conftest import EGRESS, INGRESS, MBIT, SECONDS, Pod, await_acting, converge
 
 BROKEN = "kind: Pod\nmetadata: [this is not closed\n"
 
@@ -27,7 +27,7 @@ def clean(bed: Fleet) -> Iterator[None]:
         master.kill()
     for node in bed.nodes:
         node.daemon.start()
-        if limiters(node):
+        if node.limiters():
             node.bpfrl("detach", "--all")
         for uid in [*node.pods]:
             node.end_pod(uid)
