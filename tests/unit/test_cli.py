@@ -775,7 +775,9 @@ def test_watching_draws_again_with_current_rates_until_interrupted(
 
 LIST_AT_A_TERMINAL = """
 from pathlib import Path
-from bpfrl.cli import Agent, cgroup, cli
+from bpfrl import cgroup
+from bpfrl.cli import cli
+from bpfrl.node.agent import Agent
 from tests.unit.test_cli import BROKEN, WEB
 Agent.limiters = lambda self: [WEB, BROKEN]
 cgroup.path_of = lambda number: Path("/x" * 200)

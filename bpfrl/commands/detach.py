@@ -1,0 +1,58 @@
+"""``bpfrl detach``: take limits off pods of this node."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from bpfrl import cgroup
+from bpfrl.bpf.limiter import Broken
+from bpfrl.commands.options import FAILURE, FOLDER, UID, LocalNode, nothing_limited
+from bpfrl.errors import BpfrlError
+from bpfrl.limits import PodRef
+
+
+@click.command()
+@click.option("--pod-uid", "uids", type=UID, multiple=True, help="This pod, as bpfrl list shows it. Repeatable.")
+@click.option("--cgroup", "path", type=FOLDER, help="This cgroup.")
+@click.option("--all", "everything", is_flag=True, help="Every limiter on this node.")
+@click.option("--cooperate", is_flag=True, help="With --cgroup: what attach --cooperate did there.")
+@click.pass_obj
+def detach(node: LocalNode, uids: tuple[str, ...], path: Path | None, everything: bool, cooperate: bool) -> None:
+    """Take the limit off a pod, and leave nothing of it behind.
+
+    Connections go on at full speed. A pod that has no limit is no error.
+    """
+    if cooperate:
+        if path is None or uids or everything:
+            raise click.UsageError("--cooperate goes with --cgroup, as at bpfrl attach, and nothing else")
+        detached = node.agent().stop_cooperating(cgroup.id_of(cgroup.check(path)))
+        click.echo(f"{path} {'cooperates no more' if detached else 'does not cooperate'}")
+        return
+    if sum((bool(uids), path is not None, everything)) != 1:
+        raise click.UsageError("which pod? use one of --pod-uid UID, --cgroup PATH and --all")
+    agent = node.agent()
+    if path:
+        uid, change = agent.detach_cgroup(cgroup.check(path))
+        click.echo(f"{PodRef(uid).label} {change.value}")
+        return
+    targets: Sequence[str] = uids
+    if everything:
+        targets = [found.uid if isinstance(found, Broken) else found.pod.uid for found in agent.limiters()]
+        if not targets:
+            click.echo(nothing_limited(agent), err=True)
+    failed = False
+    for uid in targets:
+        try:
+            change = agent.detach(uid)
+        except BpfrlError as error:
+            # With several to do, one that cannot be done is no reason to leave the others.
+            click.echo(f"bpfrl: {error}", err=True)
+            failed = True
+        else:
+            click.echo(f"{PodRef(uid).label} {change.value}")
+    if failed:
+        sys.exit(FAILURE)

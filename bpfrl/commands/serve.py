@@ -1,0 +1,130 @@
+"""``bpfrl serve-node`` and ``bpfrl serve-master``: the daemons."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bpfrl.commands.options import DEFAULT_PORT, ENDPOINT, FOLDER, LocalNode, certificates, daemon_options
+
+
+def _serve(daemon: Coroutine[Any, Any, None], context: click.Context) -> None:
+    """Run a daemon until it is told to stop. It says what it does without being asked."""
+    verbose = context.find_root().params["verbose"]
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(message)s",
+        level=logging.DEBUG if verbose else logging.INFO,
+        stream=sys.stderr,
+        force=True,
+    )
+    if not verbose:
+        logging.getLogger("bpfrl.bpf").setLevel(logging.WARNING)  # each step of each limiter
+    asyncio.run(daemon)
+
+
+@click.command("serve-node")
+@click.option(
+    "--listen",
+    type=ENDPOINT,
+    default=f":{DEFAULT_PORT}",
+    show_default=True,
+    metavar="HOST:PORT",
+    help="Where to listen; without a host, on every address.",
+)
+@click.option(
+    "--cooperate/--no-cooperate",
+    default=True,
+    show_default=True,
+    help="Have pods that send keep to what limited receivers ask for, on this node and others.",
+)
+@daemon_options
+@click.pass_context
+def serve_node(context: click.Context, listen: str, cooperate: bool, certs: Path | None, insecure: bool) -> None:
+    """Let a master limit this node's pods.
+
+    Runs on every node, as root, until SIGTERM. Limits are pinned in the kernel: they stay in force when this process
+    ends, however it ends, and the next one finds them.
+    """
+    from bpfrl.rpc import corelog  # noqa: PLC0415 - before grpc is imported
+
+    corelog.redirect()
+    from bpfrl.node import daemon  # noqa: PLC0415
+    from bpfrl.rpc import tls  # noqa: PLC0415
+
+    node: LocalNode = context.obj
+    shown = certificates(certs, tls.NODE, insecure=insecure)
+    if insecure and not tls.is_loopback(listen.rpartition(":")[0].strip("[]")):
+        raise click.UsageError("--insecure is for loopback only: use --listen 127.0.0.1:PORT, or --certs DIR")
+    _serve(daemon.serve(node.agent(), node.tree(), listen, shown, cooperate=cooperate), context)
+
+
+@click.command("serve-master")
+@click.option("--manifests", type=FOLDER, metavar="DIR", help="Take the pods from this folder of manifests.")
+@click.option("--kubeconfig", type=FOLDER, metavar="FILE", help="Take them from this cluster's API server.")
+@click.option("--context", help="Which of the kubeconfig's contexts. [default: its current one]")
+@click.option(
+    "--node-port",
+    type=click.IntRange(1, 2**16 - 1),
+    default=DEFAULT_PORT,
+    show_default=True,
+    help="Where the nodes' daemons listen.",
+)
+@click.option(
+    "--resync",
+    type=click.IntRange(1),
+    default=300,
+    show_default=True,
+    metavar="SECONDS",
+    help="How often each node is asked what it has, and that repaired.",
+)
+@click.option(
+    "--leader-elect/--no-leader-elect",
+    default=True,
+    show_default=True,
+    help="Of several masters in a cluster, only the holder of the Lease bpfrl-master acts.",
+)
+@click.option(
+    "--lease-namespace", metavar="NAMESPACE", help="The Lease's namespace. [default: the pod's own, or kube-system]"
+)
+@click.option(
+    "--lease-duration",
+    type=click.IntRange(3),
+    default=15,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long others wait for a leader that says nothing.",
+)
+@daemon_options
+@click.pass_context
+def serve_master(
+    context_: click.Context, /, certs: Path | None, insecure: bool, context: str | None, **settings: Any
+) -> None:
+    """Keep all pods of a cluster limited as their annotations say.
+
+    \b
+    READS OF EACH POD
+      annotation kubernetes.io/egress-bandwidth    10M, bits per second
+      annotation kubernetes.io/ingress-bandwidth
+      annotation bpfrl.io/burst                    64Ki, bytes
+      label rate                                   each direction that has no annotation
+
+    The cluster is the one of --kubeconfig, of KUBECONFIG, of the pod around this process, or of ~/.kube/config, in
+    this order. With --manifests no API server is needed: pods come from the folder's files, and are on this machine
+    unless status.hostIP names another. Limits stay in force while no master runs.
+    """
+    from bpfrl.rpc import corelog  # noqa: PLC0415 - before grpc is imported
+
+    corelog.redirect()
+    from bpfrl.master import daemon  # noqa: PLC0415
+    from bpfrl.rpc import tls  # noqa: PLC0415
+
+    if settings["manifests"] and (settings["kubeconfig"] or context):
+        raise click.UsageError("--manifests takes the place of an API server: leave out --kubeconfig and --context")
+    shown = certificates(certs, tls.MASTER, insecure=insecure)
+    _serve(daemon.serve(daemon.Settings(certificates=shown, context=context, **settings)), context_)
