@@ -77,8 +77,8 @@ class Monitored:
 
 
 @asynccontextmanager
-async def serving(address: str, monitored: Monitored) -> AsyncIterator[None]:
-    """Serve while the context lasts.
+async def serving(address: str, monitored: Monitored) -> AsyncIterator[int]:
+    """Serve while the context lasts, and say on which port.
 
     Args:
         address: where to listen, as HOST:PORT; ``[::]`` is every address.
@@ -103,9 +103,9 @@ async def serving(address: str, monitored: Monitored) -> AsyncIterator[None]:
             known = error.errno and not isinstance(error, socket.gaierror)
             reason = os.strerror(error.errno) if known else error.strerror
             raise KernelError(f"cannot serve metrics on {address}: {reason}") from error
-        ports = sorted({each[1] for each in runner.addresses})
-        log.info("metrics on %s (port %s)", address, ", ".join(map(str, ports)))
-        yield
+        found: int = runner.addresses[0][1]
+        log.info("metrics on %s (port %d)", address, found)
+        yield found
     finally:
         await runner.cleanup()
 
