@@ -135,7 +135,7 @@ class _Pages:
         """Everything in the registry, in the form that the client asks for."""
         try:
             encode, content_type = choose_encoder(request.headers.get("Accept", ""))
-        except ValueError:
+        except (TypeError, ValueError):
             # It reads versions without looking at them.
             raise web.HTTPNotAcceptable(text="no such version of the format\n") from None
         scrape = self._scrapes.get(content_type)

@@ -41,7 +41,7 @@ _READ_SECONDS: Final = 5.0
 _REMEMBERED: Final = 4_000
 # A call takes milliseconds, and a compiler run a tenth of a second.
 _BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-_NS: Final = 1e-9
+_NS: Final = 1e9
 _BITS: Final = 8
 # The fields of Counters, in their order.
 _COUNTED: Final = (
@@ -159,7 +159,7 @@ class _Limiters:
             "bpfrl_program_runs", "How often BPF programs of this kind ran meanwhile.", labels=("program",)
         )
         for program, (spent, times) in self._costs.sums.items():
-            run.add_metric((program,), spent * _NS)
+            run.add_metric((program,), spent / _NS)
             runs.add_metric((program,), times)
         yield from (run, runs)
 

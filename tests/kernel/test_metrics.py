@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import fcntl
+import logging
 import os
 import re
 import subprocess
@@ -29,6 +30,8 @@ from bpfrl.node.agent import Agent
 from bpfrl.rpc.client import NodeClient
 from bpfrl.units import Rate
 from tests.kernel.conftest import bpftool, items, limit, only, until
+
+log = logging.getLogger(__name__)
 
 SECONDS = 30.0
 # linux/bpf.h, and asm/unistd.h
@@ -269,7 +272,8 @@ def test_what_is_swept_is_counted(bed: Lab, watch: Callable[..., Watched]) -> No
 def test_a_node_without_its_bpffs_is_not_ready_but_lives(bed: Lab, watch: Callable[..., Watched]) -> None:
     watched = watch()
     assert watched.get("/readyz") == (200, "ok\n")
-    run("umount", str(bed.bpffs))
+    # It has begun to tend its limiters, which does not take long.
+    until(lambda: subprocess.run(["umount", bed.bpffs], capture_output=True, check=False).returncode == 0, SECONDS)
     try:
         assert watched.get("/readyz") == (503, f"no BPF file system on {bed.bpffs}\n")
         assert watched.get("/livez") == (200, "ok\n")
@@ -320,9 +324,7 @@ def test_an_address_in_use_is_one_line_before_anything_is_touched(
 # How long a scrape takes.
 
 
-def test_a_node_full_of_pods_is_scraped_in_a_moment(
-    bed: Lab, watch: Callable[..., Watched], record_property: Callable[[str, object], None]
-) -> None:
+def test_a_node_full_of_pods_is_scraped_in_a_moment(bed: Lab, watch: Callable[..., Watched]) -> None:
     agent, limits = Agent(bed.bpffs), Limits(Rate(10**7), Rate(10**7))
     for number in range(MANY):
         pod = PodRef(str(uuid.uuid4()), "shop", f"cart-{number}")
@@ -340,7 +342,7 @@ def test_a_node_full_of_pods_is_scraped_in_a_moment(
     scraped = Scraped(text)
     assert scraped.get("limiters", state="ok") == MANY
     assert scraped.count("pod_passed_bytes_total") == 2 * MANY
-    record_property("scrape_seconds", [round(seconds, 4) for seconds in sorted(taken)])
-    record_property("reading_seconds", scraped.get("limiters_read_duration_seconds"))
+    reading = scraped.get("limiters_read_duration_seconds")
+    log.info("%d limiters: scraped in %s s; reading took %s s; %d byte", MANY, sorted(taken), reading, len(text))
     # The least of them: this machine may have something else to do.
     assert min(taken) < 0.2

@@ -306,7 +306,7 @@ SITUATIONS: Final[dict[str, tuple[Series, Series]]] = {
     ),
     "BpfrlPodsFailing": (
         {f"bpfrl_pods_retrying{{{MASTER}}}": "2x60"},
-        {f"bpfrl_pods_retrying{{{MASTER}}}": "2x9 0 2x50"},
+        {f"bpfrl_pods_retrying{{{MASTER}}}": "2x50 0 2x9"},
     ),
     "BpfrlAnnotationsInvalid": (
         {f"bpfrl_pods_invalid{{{MASTER}}}": "1x60", f"bpfrl_leader{{{MASTER}}}": "1x60"},
