@@ -45,10 +45,10 @@ _NS: Final = 1e9
 _BITS: Final = 8
 # The fields of Counters, in their order.
 _COUNTED: Final = (
-    ("passed_packets", "Packets that have passed the limiter{}, as they are on the wire."),
-    ("passed_bytes", "Bytes at layer 3 that have passed the limiter{}."),
-    ("dropped_packets", "Packets that the limiter{} has dropped."),
-    ("dropped_bytes", "Bytes at layer 3 that the limiter{} has dropped."),
+    ("passed_packets", "Packets let through by the limiter{}, as they are on the wire."),
+    ("passed_bytes", "Bytes at layer 3 let through by the limiter{}."),
+    ("dropped_packets", "Packets dropped by the limiter{}."),
+    ("dropped_bytes", "Bytes at layer 3 dropped by the limiter{}."),
 )
 
 
@@ -145,7 +145,7 @@ class _Limiters:
 
     def _totals(self) -> Iterator[Metric]:
         for place, (name, text) in enumerate(_COUNTED):
-            told = text.format("s") + " All of this node since this process began."
+            told = text.format("s") + " All of the node's, since this process began."
             family = CounterMetricFamily(f"bpfrl_{name}", told, labels=("direction",))
             for direction, values in self._traffic.sums.items():
                 family.add_metric((direction,), values[place])
@@ -182,7 +182,7 @@ class _Limiters:
         yield limits
         for place, (name, text) in enumerate(_COUNTED):
             family = CounterMetricFamily(
-                f"bpfrl_pod_{name}", text.format("") + " Since it was attached.", labels=self._labels
+                f"bpfrl_pod_{name}", text.format("") + " Since the limiter was attached.", labels=self._labels
             )
             for (uid, *names), status in told:
                 for direction, counters in _directions(status):

@@ -82,7 +82,9 @@ def of_node(cluster: Cluster, node: Node) -> Told:
 
 
 def master(cluster: Cluster, *options: str, port: int = MASTER_HTTP, acting: bool = True) -> Daemon:
-    return cluster.master("--http", f"{CONTROL_ADDRESS}:{port}", *options, acting=acting)
+    daemon = cluster.master("--http", f"{CONTROL_ADDRESS}:{port}", *options, acting=acting)
+    wait_for(lambda: "metrics on" in daemon.news(), SECONDS, daemon.news)
+    return daemon
 
 
 def tells(what: Callable[[], Told], name: str, expected: float, **labels: str) -> None:
@@ -147,8 +149,7 @@ def test_health_is_told(cluster: Cluster) -> None:
 
 def test_a_master_that_does_not_know_the_pods_is_not_ready(cluster: Cluster) -> None:
     cluster.api.stop()
-    daemon = master(cluster, acting=False)
-    wait_for(lambda: "metrics on" in daemon.news(), SECONDS, daemon.news)
+    daemon = master(cluster, "--no-leader-elect", acting=False)
     wait_for(
         lambda: (
             get(cluster.fleet, CONTROL_ADDRESS, MASTER_HTTP, "/readyz") == (503, "the pods have not been told yet\n")

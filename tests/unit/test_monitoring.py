@@ -99,7 +99,7 @@ def test_metrics_are_plain_text_unless_asked_otherwise() -> None:
             assert samples(plain.text)["test_things_total"] == 3
             asked = await browser.get("/metrics", Accept=OPENMETRICS)
             assert asked.headers["Content-Type"].startswith("application/openmetrics-text; version=1.0.0")
-            families = {family.name: family for family in parse_openmetrics(asked.text)}
+            families = {family.name: family for family in parse_openmetrics(asked.text)}  # type: ignore[no-untyped-call]
             assert families["test_things"].samples[0].value == 3
             assert asked.text.endswith("# EOF\n")
 
