@@ -140,8 +140,8 @@ class MasterMetrics(Monitored, Observer):
             registry=self.registry,
             buckets=_RECONCILE_BUCKETS,
         )
-        self._lists = CounterMetric("bpfrl_pod_lists", "How often all pods were listed.", registry=self.registry)
-        self._watches = CounterMetric("bpfrl_pod_watches", "How often a watch of pods began.", registry=self.registry)
+        self._lists = CounterMetric("bpfrl_api_lists", "How often all pods were listed.", registry=self.registry)
+        self._watches = CounterMetric("bpfrl_api_watches", "How often a watch of pods began.", registry=self.registry)
         self._api_errors = CounterMetric(
             "bpfrl_api_errors",
             "Lists and watches that the API server refused (by HTTP status) or did not answer (unreachable).",

@@ -124,7 +124,7 @@ def test_a_limit_is_told_by_master_and_node(cluster: Cluster) -> None:
     assert now.get("call_duration_seconds_count", verb="attach", result="OK") == 1
     assert now.get("reconcile_duration_seconds_count") == 1
     assert 0 < (now.get("reconcile_duration_seconds_sum") or 0) < SECONDS
-    assert (now.get("pod_lists_total"), now.get("pod_watches_total")) == (1, 1)
+    assert (now.get("api_lists_total"), now.get("api_watches_total")) == (1, 1)
     assert abs(time.time() - (now.get("api_last_contact_timestamp_seconds") or 0)) < SECONDS
     days = ((now.get("certificate_expiry_timestamp_seconds") or 0) - time.time()) / 86_400
     assert days > 1

@@ -446,10 +446,10 @@ def test_lists_watches_and_what_goes_wrong_with_them_are_counted() -> None:
             watch = PodWatch(Api(client), Sink(), metrics)
             for _ in range(4):
                 await watch._turn()
-                if value(metrics, "bpfrl_pod_lists_total") == 0:
+                if value(metrics, "bpfrl_api_lists_total") == 0:
                     assert value(metrics, "bpfrl_api_last_contact_timestamp_seconds") == 0
-        assert value(metrics, "bpfrl_pod_lists_total") == 2
-        assert (value(metrics, "bpfrl_pod_watches_total") or 0) >= 2
+        assert value(metrics, "bpfrl_api_lists_total") == 2
+        assert (value(metrics, "bpfrl_api_watches_total") or 0) >= 2
         assert value(metrics, "bpfrl_api_errors_total", reason="503") == 1
         assert value(metrics, "bpfrl_api_errors_total", reason="410") == 1
         assert (value(metrics, "bpfrl_api_last_contact_timestamp_seconds") or 0) >= before

@@ -283,14 +283,14 @@ SITUATIONS: Final[dict[str, tuple[Series, Series]]] = {
     "BpfrlApiServerSilent": (
         {
             f"bpfrl_api_last_contact_timestamp_seconds{{{MASTER}}}": "60x60",
-            f"bpfrl_pod_watches_total{{{MASTER}}}": "1x60",
+            f"bpfrl_api_watches_total{{{MASTER}}}": "1x60",
         },
         # One that hears a bookmark each minute, and one that takes its pods from a folder.
         {
             f"bpfrl_api_last_contact_timestamp_seconds{{{MASTER}}}": "0+60x60",
-            f"bpfrl_pod_watches_total{{{MASTER}}}": "1x60",
+            f"bpfrl_api_watches_total{{{MASTER}}}": "1x60",
             f"bpfrl_api_last_contact_timestamp_seconds{{{OTHER}}}": "0x60",
-            f"bpfrl_pod_watches_total{{{OTHER}}}": "0x60",
+            f"bpfrl_api_watches_total{{{OTHER}}}": "0x60",
         },
     ),
     "BpfrlNodeUnreachable": (
