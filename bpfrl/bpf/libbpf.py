@@ -151,8 +151,13 @@ class _ProgramInfo(Structure):
         ("type", c_uint32),
         ("id", c_uint32),
         ("tag", c_uint8 * 8),
-        ("_between", c_uint64 * 6),
+        ("_instructions", c_uint64 * 3),
+        ("load_time", c_uint64),
+        ("_maps", c_uint64 * 2),
         ("name", c_char * 16),
+        ("_between", c_uint64 * 14),
+        ("run_time_ns", c_uint64),
+        ("run_cnt", c_uint64),
     )
 
 
@@ -333,6 +338,28 @@ def attached(target: int, kind: AttachType, *, effective: bool) -> dict[int, str
             with Descriptor(descriptor) as program:
                 found[number] = _info(program, _ProgramInfo).name.decode(errors="replace")
     return found
+
+
+class Cost(NamedTuple):
+    """What a program has cost while the kernel counted that (kernel.bpf_stats_enabled).
+
+    Attributes:
+        program_id: the kernel's number for the program; no other ever gets it while this one is loaded.
+        loaded_ns: when it was loaded, ns since boot.
+        run_ns: how long it has run, ns.
+        runs: how often.
+    """
+
+    program_id: int
+    loaded_ns: int
+    run_ns: int
+    runs: int
+
+
+def cost(program: Descriptor) -> Cost:
+    """What a program has cost so far."""
+    info = _info(program, _ProgramInfo)
+    return Cost(int(info.id), int(info.load_time), int(info.run_time_ns), int(info.run_cnt))
 
 
 def tag(program: Descriptor) -> bytes:

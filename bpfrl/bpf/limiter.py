@@ -31,7 +31,7 @@ from bpfrl.bpf.layout import (
     IdentityData,
     LimitsData,
 )
-from bpfrl.bpf.libbpf import AttachType, Descriptor, LoadedObject, MapShape, MapType, ProgramType, Shape
+from bpfrl.bpf.libbpf import AttachType, Cost, Descriptor, LoadedObject, MapShape, MapType, ProgramType, Shape
 from bpfrl.errors import BpfrlError, BrokenLimiterError, KernelError
 from bpfrl.limits import Limits, PodRef
 
@@ -312,6 +312,15 @@ def others(path: Path, folder: Path) -> bool:
         with suppress(FileNotFoundError):  # containers come and go
             found |= _sockops_on(Path(below), effective=False)
     return bool(found - own)
+
+
+def costs(folder: Path) -> dict[str, Cost]:
+    """What each of a limiter's programs has cost, by its pin; one that cannot be looked at is left out."""
+    found = {}
+    for name, _, _ in _PROGRAMS:
+        with suppress(KernelError), libbpf.open_pinned(folder / name) as program:
+            found[name] = libbpf.cost(program)
+    return found
 
 
 def is_ours(folder: Path) -> bool:

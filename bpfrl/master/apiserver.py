@@ -23,6 +23,7 @@ import msgspec
 from bpfrl.errors import ApiError, InvalidValueError
 from bpfrl.master.api import Api
 from bpfrl.master.backoff import Backoff
+from bpfrl.master.observer import UNOBSERVED, Observer
 from bpfrl.master.pods import Pod, RawPod, read
 
 log = logging.getLogger(__name__)
@@ -91,9 +92,10 @@ _failures: Final = msgspec.json.Decoder(_Failure)
 class PodWatch:
     """Keeps a sink told of every scheduled pod."""
 
-    def __init__(self, api: Api, sink: Sink) -> None:
+    def __init__(self, api: Api, sink: Sink, observer: Observer = UNOBSERVED) -> None:
         self._api = api
         self._sink = sink
+        self._observer = observer
         self._version = ""
         self._backoff = Backoff(_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
 
@@ -113,6 +115,7 @@ class PodWatch:
             started = asyncio.get_running_loop().time()
             said_something = await self._watch()
         except ApiError as error:
+            self._observer.api_failed(error.status)
             if error.status == _GONE:
                 log.info("listing all pods again: %s", error)
                 self._version = ""
@@ -137,6 +140,7 @@ class PodWatch:
             pods.extend(pod for raw in page.items if (pod := _read(raw)))
             if not page.metadata.more:
                 self._sink.replace(pods)
+                self._observer.listed()
                 return page.metadata.resource_version
             query["continue"] = page.metadata.more
 
@@ -152,8 +156,10 @@ class PodWatch:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENCE_SECONDS)
         said_something = False
         async with self._api.request("GET", _PODS, query, timeout=timeout) as response:
+            self._observer.watching()
             async for line in _lines(response.content):
                 self._apply(_decode(_events, line))
+                self._observer.heard()
                 said_something = True
                 self._backoff.reset()
         return said_something

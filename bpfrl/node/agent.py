@@ -20,6 +20,7 @@ from typing import Final
 from bpfrl import cgroup, libc
 from bpfrl.bpf import cooperation, generator, law, libbpf, limiter, sockets
 from bpfrl.bpf.layout import LimitsData
+from bpfrl.bpf.libbpf import Cost
 from bpfrl.bpf.limiter import Broken, Limiter, Stage, Status
 from bpfrl.errors import (
     AlreadyLimitedError,
@@ -154,6 +155,14 @@ class Agent:
             return []
         with self._lock(fcntl.LOCK_SH):
             return [self._look(uid) for uid in self._uids()]
+
+    def costs(self) -> list[tuple[str, Cost]]:
+        """What each program of bpfrl on this node has cost, by what it does: egress, ingress, sockops, cooperate."""
+        if not self.is_mounted():
+            return []
+        with self._lock(fcntl.LOCK_SH):
+            found = [each for uid in self._uids() for each in limiter.costs(self.bpffs / uid).items()]
+            return found + [("cooperate", each) for each in cooperation.costs(self.bpffs)]
 
     def sweep(self) -> list[str]:
         """Remove the limiters whose cgroup is gone and what was cut off on its way in or out; return their UIDs."""

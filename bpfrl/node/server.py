@@ -11,9 +11,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -36,6 +38,7 @@ from bpfrl.errors import (
 )
 from bpfrl.limits import Change, Limits, PodRef
 from bpfrl.node.agent import Agent
+from bpfrl.node.observer import UNOBSERVED, Observer
 from bpfrl.rpc import messages, node_pb2, statuses, tls
 from bpfrl.rpc.node_pb2_grpc import NodeServicer
 
@@ -54,6 +57,25 @@ _LONGEST_WAIT_SECONDS: Final = 300.0
 _STAGES: Final = {Stage.LOADED: node_pb2.STAGE_LOADED, Stage.PINNED: node_pb2.STAGE_PINNED}
 
 
+@dataclass
+class _Answer:
+    """How a call is going.
+
+    Attributes:
+        began: since when the node works on it, s.
+        change: what it has done.
+        result: how it has ended, if nothing was done: a gRPC status code's name.
+    """
+
+    began: float = field(default_factory=time.monotonic)
+    change: Change | None = None
+    result: str = grpc.StatusCode.UNKNOWN.name
+
+    def begins(self) -> None:
+        """What came before was waiting for somebody else."""
+        self.began = time.monotonic()
+
+
 class NodeService(NodeServicer):
     """What a master may ask of this node.
 
@@ -62,22 +84,27 @@ class NodeService(NodeServicer):
         tree: where the pods' cgroups are.
         roles: whether the caller's certificate must have the master's role; False only without TLS.
         cooperate: whether this node's senders keep to what limited receivers ask for.
+        observer: who wants to know of the calls.
     """
 
-    def __init__(self, agent: Agent, tree: CgroupTree, *, roles: bool, cooperate: bool) -> None:
+    def __init__(
+        self, agent: Agent, tree: CgroupTree, *, roles: bool, cooperate: bool, observer: Observer = UNOBSERVED
+    ) -> None:
         self._agent = agent
         self._tree = tree
         self._roles = roles
         self._cooperate = cooperate
+        self._observer = observer
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="agent")
 
     async def Attach(  # noqa: N802 - gRPC's names
         self, request_iterator: _Requests, context: _Context
     ) -> AsyncIterator[node_pb2.AttachReply]:
         """Give a pod a limiter, or change the one it has."""
-        async with self._answering(context, "attach"):
+        async with self._answering(context, "attach") as answer:
             header, pod, limits = await self._header(request_iterator)
             path = await self._cgroup(pod.uid, header.wait_ms / 1000)
+            answer.begins()
             change = await self._keep(pod, limits, header.build, path)
             if change is None:
                 yield node_pb2.AttachReply(stage=node_pb2.STAGE_PROCEED)
@@ -89,6 +116,7 @@ class NodeService(NodeServicer):
                 while stage := await stages.get():
                     yield node_pb2.AttachReply(stage=_STAGES[stage])
                 change = await attached
+            answer.change = change
             log.info("%s %s: %s", pod, change.value, limits)
             yield node_pb2.AttachReply(stage=node_pb2.STAGE_ATTACHED, change=messages.from_change(change))
 
@@ -96,9 +124,10 @@ class NodeService(NodeServicer):
         self, request: node_pb2.UpdateRequest, context: _Context
     ) -> node_pb2.Done:
         """Change the limits of a pod that has a limiter."""
-        async with self._answering(context, "update"):
+        async with self._answering(context, "update") as answer:
             uid, limits = messages.to_uid(request.uid), _limiting(messages.to_limits(request.limits))
             change = await self._do(self._agent.update, uid, limits)
+            answer.change = change
             log.info("%s %s: %s", uid, change.value, limits)
             return node_pb2.Done(change=messages.from_change(change))
 
@@ -106,9 +135,10 @@ class NodeService(NodeServicer):
         self, request: node_pb2.DetachRequest, context: _Context
     ) -> node_pb2.Done:
         """Take a pod's limiter off."""
-        async with self._answering(context, "detach"):
+        async with self._answering(context, "detach") as answer:
             uid = messages.to_uid(request.uid)
             change = await self._do(self._agent.detach, uid)
+            answer.change = change
             log.info("%s %s", uid, change.value)
             return node_pb2.Done(change=messages.from_change(change))
 
@@ -124,8 +154,10 @@ class NodeService(NodeServicer):
 
     async def tend(self) -> None:
         """Remove what no running pod needs any more, and have the pods cooperate, or not."""
-        for uid in await self._do(self._agent.sweep):
+        swept = await self._do(self._agent.sweep)
+        for uid in swept:
             log.info("%s swept: its pod has ended", uid)
+        self._observer.swept(len(swept))
         await self._do(self._tend_cooperation)
 
     def close(self) -> None:
@@ -202,22 +234,32 @@ class NodeService(NodeServicer):
         return await asyncio.get_running_loop().run_in_executor(self._worker, function, *arguments)
 
     @asynccontextmanager
-    async def _answering(self, context: _Context, what: str) -> AsyncIterator[None]:
+    async def _answering(self, context: _Context, what: str) -> AsyncIterator[_Answer]:
         """Admit the caller, and turn what goes wrong into a status and a line in the log."""
+        answer = _Answer()
         try:
             if self._roles and tls.MASTER not in tls.peer_roles(context.auth_context()):
                 roles = ", ".join(tls.peer_roles(context.auth_context())) or "nothing"
                 raise RoleError(f"the certificate is for {roles}: it must have the DNS name {tls.MASTER}")
-            yield
+            yield answer
+            answer.result = grpc.StatusCode.OK.name
         except BpfrlError as error:
+            answer.result = statuses.code_of(error).name
             # A pod that comes or goes, and a master that goes: neither is anybody's mistake.
             usual = isinstance(error, CgroupNotFoundError | NotLimitedError | TransferError)
             level = logging.INFO if usual else logging.WARNING
             log.log(level, "refused %s from %s: %s", what, context.peer(), error)
             await context.abort(statuses.code_of(error), str(error))
         except OSError as error:
+            answer.result = grpc.StatusCode.INTERNAL.name
             log.exception("failed to %s for %s", what, context.peer())
             await context.abort(grpc.StatusCode.INTERNAL, f"the node cannot {what}: {error.strerror or error}")
+        except (asyncio.CancelledError, GeneratorExit):
+            answer.result = grpc.StatusCode.CANCELLED.name
+            raise
+        finally:
+            result = answer.change.name.lower() if answer.change else answer.result
+            self._observer.answered(what, result, time.monotonic() - answer.began)
 
 
 def _limiting(limits: Limits) -> Limits:

@@ -86,6 +86,11 @@ class Certificates:
             self._remind()
             return self._bundle
 
+    def expires(self) -> datetime:
+        """When the certificate expires that :meth:`current` holds."""
+        self.current()
+        return self._expires
+
     def _remind(self) -> None:
         """Say once a day that the certificate is about to expire, or has."""
         left, now = self._expires - datetime.now(UTC), time.monotonic()
