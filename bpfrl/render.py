@@ -1,4 +1,4 @@
-"""Limiters as tables, JSON and YAML.
+"""Limiters and findings as tables, JSON and YAML.
 
 Tables are for eyes: short numbers, no boxes, and nothing cut off where they are piped. JSON and YAML are for
 programs: exact numbers, with their unit in the key.
@@ -7,7 +7,7 @@ programs: exact numbers, with their unit in the key.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -18,11 +18,13 @@ from rich.text import Text
 
 from bpfrl.bpf.layout import Counters
 from bpfrl.bpf.limiter import Broken, Status
+from bpfrl.findings import Finding, Mark
 from bpfrl.limits import PodRef
 from bpfrl.units import Rate, format_size
 
 _NONE: Final = "-"
 _STEPS: Final = ("", "k", "M", "G", "T", "P", "E")
+_MARK_STYLES: Final = {Mark.OK: "green", Mark.WARNING: "yellow", Mark.MISSING: "red"}
 _AGES: Final = (("d", 86_400), ("h", 3_600), ("m", 60))
 
 
@@ -112,18 +114,38 @@ def table(rows: Sequence[Row], broken: Sequence[Broken], *, wide: bool = False, 
 
 def to_json(rows: Sequence[Row], broken: Sequence[Broken]) -> str:
     """A JSON document: an object with the limiters under "items"."""
-    return json.dumps(_document(rows, broken), indent=2)
+    return dump(_document(rows, broken), "json")
 
 
 def to_yaml(rows: Sequence[Row], broken: Sequence[Broken]) -> str:
     """The document of :func:`to_json` as YAML."""
-    return yaml.safe_dump(_document(rows, broken), sort_keys=False).rstrip()
+    return dump(_document(rows, broken), "yaml")
 
 
 def to_names(rows: Sequence[Row], broken: Sequence[Broken]) -> str:
     """The limiters' labels, a line each, as kubectl's ``-o name``."""
     pods = [*(row.status.pod for row in rows), *(PodRef(folder.uid) for folder in broken)]
     return "\n".join(pod.label for pod in pods)
+
+
+def checklist(findings: Sequence[Finding]) -> Table:
+    """A row for each thing that was looked at; its advice stands below what was found."""
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    grid.add_column(no_wrap=True)
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for finding in findings:
+        lines = (*finding.found, *([f"-> {finding.advice}"] if finding.advice else []))
+        mark = Text(finding.mark.value, style=_MARK_STYLES[finding.mark])
+        grid.add_row(mark, Text(finding.name), Text("\n".join(lines)))
+    return grid
+
+
+def dump(document: Mapping[str, Any], form: str) -> str:
+    """A document for programs; the form is "json" or "yaml"."""
+    if form == "json":
+        return json.dumps(document, indent=2)
+    return yaml.safe_dump(document, sort_keys=False).rstrip()
 
 
 def short(number: float) -> str:

@@ -53,6 +53,8 @@ _READ_BYTES: Final = 1 << 16
 # linux/bpf.h
 _LINK_TYPE_CGROUP: Final = 3
 _QUERY_EFFECTIVE: Final = 1
+_ALLOW_OVERRIDE: Final = 1
+_ALLOW_MULTI: Final = 2
 # The kernel lets 64 programs attach to one cgroup (BPF_CGROUP_MAX_PROGS); the levels above add theirs.
 _QUERY_PROGRAMS: Final = 1024
 
@@ -71,6 +73,7 @@ class ProgramType(IntEnum):
 
     CGROUP_SKB = 8
     SOCK_OPS = 13
+    TRACING = 26
 
 
 class MapType(IntEnum):
@@ -320,19 +323,50 @@ def linked(link: Descriptor) -> Linked:
     return Linked(int(info.cgroup_id), int(info.prog_id))
 
 
-def attached(target: int, kind: AttachType, *, effective: bool) -> dict[int, str]:
-    """Ids and names of the programs on a cgroup's descriptor; effective: and on those above it."""
+class Program(NamedTuple):
+    """What the kernel says of a program.
+
+    Attributes:
+        id: its number, which no other has while the machine runs.
+        name: at most 15 characters.
+        tag: the kernel's digest of its instructions.
+        kind: its type in the kernel's words, or the number of one that is not known here.
+    """
+
+    id: int
+    name: str
+    tag: bytes
+    kind: str
+
+
+class Attached(NamedTuple):
+    """What is attached to a cgroup in one place.
+
+    Attributes:
+        programs: in the order in which they run.
+        mode: how those of the cgroup itself go with others: "multi", "override" (one below takes their place) or
+            "exclusive"; it says nothing where there are none.
+    """
+
+    programs: list[Program]
+    mode: str
+
+
+def attached(target: int, kind: AttachType, *, effective: bool) -> Attached:
+    """The programs on a cgroup's descriptor; effective: and on those above it, all that run for it."""
     ids = (c_uint32 * _QUERY_PROGRAMS)()
-    count = c_uint32(len(ids))
-    flags = _QUERY_EFFECTIVE if effective else 0
-    _check(_lib().bpf_prog_query(target, kind, flags, None, ids, byref(count)), "look what is attached")
-    found = {}
+    count, flags = c_uint32(len(ids)), c_uint32()
+    scope = _QUERY_EFFECTIVE if effective else 0
+    _check(_lib().bpf_prog_query(target, kind, scope, byref(flags), ids, byref(count)), "look what is attached")
+    found = []
     for number in ids[: count.value]:
         descriptor = _lib().bpf_prog_get_fd_by_id(number)
         if descriptor >= 0:  # else it is gone meanwhile
             with Descriptor(descriptor) as program:
-                found[number] = _info(program, _ProgramInfo).name.decode(errors="replace")
-    return found
+                info = _info(program, _ProgramInfo)
+            found.append(Program(number, info.name.decode(errors="replace"), bytes(info.tag), _kind(info.type)))
+    mode = "multi" if flags.value & _ALLOW_MULTI else "override" if flags.value & _ALLOW_OVERRIDE else "exclusive"
+    return Attached(found, mode)
 
 
 def tag(program: Descriptor) -> bytes:
@@ -375,6 +409,13 @@ def iterate(program: Descriptor) -> None:
     with Descriptor(number):
         while os.read(number, _READ_BYTES):
             pass
+
+
+def _kind(number: int) -> str:
+    try:
+        return ProgramType(number).name.lower()
+    except ValueError:
+        return f"type {number}"
 
 
 def _expect(array: Descriptor, kind: int, value_size: int) -> None:

@@ -34,10 +34,11 @@ SHAPE: Final = MapShape(MapType.SK_STORAGE, 4, SOCKET_BYTES, 0, _NO_PREALLOC)
 
 
 class Visited(NamedTuple):
-    """How many sockets a program has dealt with, and how many the kernel did not let it."""
+    """How many sockets a program has dealt with, how many the kernel did not let it, and how many are paced."""
 
     done: int
     refused: int
+    paced: int = 0
 
 
 @cache  # and warn of it once
@@ -74,6 +75,11 @@ def forget(storage: Descriptor, path: Path) -> Visited:
     return _visit("bpfrl_forget", storage, path, VisitData(cgroup=cgroup.id_of(path)))
 
 
+def count(storage: Descriptor, path: Path) -> Visited:
+    """How many TCP sockets a cgroup's limiter has, and how many of them it paces; as :func:`adopt`."""
+    return _visit("bpfrl_count", storage, path, VisitData(cgroup=cgroup.id_of(path)))
+
+
 def shared(bpffs: Path) -> dict[str, Descriptor]:
     """The node's map of what sockets carry, by its name, if anything pinned there has it; the caller closes it."""
     for name in os.listdir(bpffs):
@@ -98,7 +104,7 @@ def _visit(name: str, storage: Descriptor, path: Path, data: VisitData) -> Visit
             with ThreadPoolExecutor(max_workers=1) as thread:
                 thread.submit(_iterate_in, namespace, program).result()
         found = libbpf.read(visit, 0, VisitData)
-        return Visited(found.done, found.refused)
+        return Visited(found.done, found.refused, found.paced)
 
 
 def _iterate_in(namespace: Descriptor, program: Descriptor) -> None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
+from threading import Timer
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import click
+from rich.console import Console
 
-from bpfrl import cgroup
+from bpfrl import cgroup, render
 from bpfrl.cgroup import CgroupTree
 from bpfrl.errors import InvalidValueError
+from bpfrl.findings import Finding
 from bpfrl.limits import Limits, PodRef
 from bpfrl.node.agent import Agent
 from bpfrl.units import Rate, parse_size
@@ -25,6 +30,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 FAILURE: Final = 1
 DEFAULT_PORT: Final = 10002
+_HOST: Final = re.compile(r"[0-9A-Za-z._:%-]+", re.ASCII)
 _PORT: Final = re.compile(r"[0-9]{1,5}", re.ASCII)
 
 
@@ -65,6 +71,18 @@ def _parse_endpoint(text: str) -> str:
     return f"{host or '[::]'}:{port}"
 
 
+def _parse_node(text: str) -> tuple[str, int | None]:
+    """ADDRESS or ADDRESS:PORT; an IPv6 address with a port stands in brackets."""
+    host, separator, port = text.rpartition(":")
+    if not separator or (":" in host and not host.endswith("]")):
+        host, port = text, ""
+    host = host.removeprefix("[").removesuffix("]")
+    numbered = not port or (_PORT.fullmatch(port) and 0 < int(port) < 2**16)
+    if not (_HOST.fullmatch(host) and numbered and (port or not text.endswith(":"))):
+        raise InvalidValueError(f"'{text}' is no node's address: write it as ADDRESS or ADDRESS:PORT, [::1]:PORT")
+    return host, int(port) if port else None
+
+
 RATE: Final = Parsed("rate", Rate.parse)
 SIZE: Final = Parsed("size", parse_size)
 UID: Final = Parsed("uid", _parse_uid)
@@ -72,6 +90,11 @@ POD_NAME: Final = Parsed("namespace/name", _parse_pod_name)
 # Whether it can be read is for the command to find out that needs it.
 FOLDER: Final = click.Path(path_type=Path, readable=False)
 ENDPOINT: Final = Parsed("host:port", _parse_endpoint)
+NODE: Final = Parsed("address[:port]", _parse_node)
+# What takes longer says that it does.
+_PATIENCE_SECONDS: Final = 2.0
+# Wider than any line: what is cut off is of no use to who reads it later.
+_UNCUT_WIDTH: Final = 4096
 
 
 @dataclass(frozen=True)
@@ -160,6 +183,37 @@ def certificates(folder: Path | None, role: str, *, insecure: bool) -> Certifica
     if (folder is None) != insecure:
         raise click.UsageError("use one of --certs DIR (bpfrl certs init makes them) and, on loopback only, --insecure")
     return tls.Certificates(folder, role) if folder else None
+
+
+def reader_certificates(folder: Path) -> Certificates:
+    """What those show a node who only look.
+
+    Raises:
+        CertificateError: the files are not there, or are for something else.
+    """
+    from bpfrl.rpc import tls  # noqa: PLC0415 - half a second that other commands do not need
+
+    return tls.Certificates(folder, tls.MASTER)
+
+
+@contextmanager
+def patience(text: str) -> Iterator[None]:
+    """At a terminal, say what is waited for, once that takes more than two seconds."""
+    status = Console(stderr=True).status(text)
+    timer = Timer(_PATIENCE_SECONDS, status.start)
+    timer.daemon = True
+    if sys.stderr.isatty():
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        status.stop()
+
+
+def show(findings: Sequence[Finding]) -> None:
+    """Print what was found: folded to a terminal's width, or in whole lines."""
+    Console(width=None if sys.stdout.isatty() else _UNCUT_WIDTH, highlight=False).print(render.checklist(findings))
 
 
 def nothing_limited(agent: Agent) -> str:

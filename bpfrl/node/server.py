@@ -35,6 +35,7 @@ from bpfrl.errors import (
     TransferTimeoutError,
 )
 from bpfrl.limits import Change, Limits, PodRef
+from bpfrl.node import explain
 from bpfrl.node.agent import Agent
 from bpfrl.rpc import messages, node_pb2, statuses, tls
 from bpfrl.rpc.node_pb2_grpc import NodeServicer
@@ -54,6 +55,12 @@ _LONGEST_WAIT_SECONDS: Final = 300.0
 _STAGES: Final = {Stage.LOADED: node_pb2.STAGE_LOADED, Stage.PINNED: node_pb2.STAGE_PINNED}
 
 
+class _Call:
+    """What a call is about, as far as it has said so; "" for none whose refusal is worth remembering."""
+
+    uid = ""
+
+
 class NodeService(NodeServicer):
     """What a master may ask of this node.
 
@@ -69,14 +76,16 @@ class NodeService(NodeServicer):
         self._tree = tree
         self._roles = roles
         self._cooperate = cooperate
+        self._refusals = explain.Refusals()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="agent")
 
     async def Attach(  # noqa: N802 - gRPC's names
         self, request_iterator: _Requests, context: _Context
     ) -> AsyncIterator[node_pb2.AttachReply]:
         """Give a pod a limiter, or change the one it has."""
-        async with self._answering(context, "attach"):
+        async with self._answering(context, "attach") as call:
             header, pod, limits = await self._header(request_iterator)
+            call.uid = pod.uid
             path = await self._cgroup(pod.uid, header.wait_ms / 1000)
             change = await self._keep(pod, limits, header.build, path)
             if change is None:
@@ -96,8 +105,9 @@ class NodeService(NodeServicer):
         self, request: node_pb2.UpdateRequest, context: _Context
     ) -> node_pb2.Done:
         """Change the limits of a pod that has a limiter."""
-        async with self._answering(context, "update"):
-            uid, limits = messages.to_uid(request.uid), _limiting(messages.to_limits(request.limits))
+        async with self._answering(context, "update") as call:
+            call.uid = uid = messages.to_uid(request.uid)
+            limits = _limiting(messages.to_limits(request.limits))
             change = await self._do(self._agent.update, uid, limits)
             log.info("%s %s: %s", uid, change.value, limits)
             return node_pb2.Done(change=messages.from_change(change))
@@ -106,8 +116,8 @@ class NodeService(NodeServicer):
         self, request: node_pb2.DetachRequest, context: _Context
     ) -> node_pb2.Done:
         """Take a pod's limiter off."""
-        async with self._answering(context, "detach"):
-            uid = messages.to_uid(request.uid)
+        async with self._answering(context, "detach") as call:
+            call.uid = uid = messages.to_uid(request.uid)
             change = await self._do(self._agent.detach, uid)
             log.info("%s %s", uid, change.value)
             return node_pb2.Done(change=messages.from_change(change))
@@ -121,6 +131,15 @@ class NodeService(NodeServicer):
         async with self._answering(context, "list"):
             found = await self._do(self._agent.limiters)
             return node_pb2.ListReply(limiters=map(messages.from_limiter, found))
+
+    async def Explain(  # noqa: N802
+        self, request: node_pb2.ExplainRequest, context: _Context
+    ) -> node_pb2.ExplainReply:
+        """Why a pod is limited, or not, as far as this node knows."""
+        async with self._answering(context, "explain"):
+            uid = messages.to_uid(request.uid)
+            refusal = self._refusals.of(uid)
+            return messages.from_report(await self._do(explain.examine, self._agent, self._tree, uid, refusal))
 
     async def tend(self) -> None:
         """Remove what no running pod needs any more, and have the pods cooperate, or not."""
@@ -202,14 +221,18 @@ class NodeService(NodeServicer):
         return await asyncio.get_running_loop().run_in_executor(self._worker, function, *arguments)
 
     @asynccontextmanager
-    async def _answering(self, context: _Context, what: str) -> AsyncIterator[None]:
-        """Admit the caller, and turn what goes wrong into a status and a line in the log."""
+    async def _answering(self, context: _Context, what: str) -> AsyncIterator[_Call]:
+        """Admit the caller, and turn what goes wrong into a status, a line in the log and a memory of it."""
+        call = _Call()
         try:
             if self._roles and tls.MASTER not in tls.peer_roles(context.auth_context()):
                 roles = ", ".join(tls.peer_roles(context.auth_context())) or "nothing"
                 raise RoleError(f"the certificate is for {roles}: it must have the DNS name {tls.MASTER}")
-            yield
+            yield call
+            self._refusals.forget(call.uid)
         except BpfrlError as error:
+            if call.uid:
+                self._refusals.remember(call.uid, what, error)
             # A pod that comes or goes, and a master that goes: neither is anybody's mistake.
             usual = isinstance(error, CgroupNotFoundError | NotLimitedError | TransferError)
             level = logging.INFO if usual else logging.WARNING

@@ -419,3 +419,176 @@ class ListReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListReply: _TypeAlias = ListReply  # noqa: Y015
+
+@_typing.final
+class ExplainRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UID_FIELD_NUMBER: _builtins.int
+    uid: _builtins.str
+    def __init__(
+        self,
+        *,
+        uid: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["uid", b"uid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainRequest: _TypeAlias = ExplainRequest  # noqa: Y015
+
+@_typing.final
+class Program(_message.Message):
+    """What runs for the pod's packets or sockets, whoever has attached it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOOK_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    TAG_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    CGROUP_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    hook: _builtins.str
+    """in the kernel's words, as cgroup_inet_egress"""
+    id: _builtins.int
+    name: _builtins.str
+    tag: _builtins.bytes
+    """the kernel's digest of its instructions"""
+    kind: _builtins.str
+    """in the kernel's words, as cgroup_skb"""
+    cgroup: _builtins.str
+    """where it is attached, the pod's own or one above; may be empty"""
+    mode: _builtins.str
+    """multi, override or exclusive; may be empty"""
+    def __init__(
+        self,
+        *,
+        hook: _builtins.str = ...,
+        id: _builtins.int = ...,
+        name: _builtins.str = ...,
+        tag: _builtins.bytes = ...,
+        kind: _builtins.str = ...,
+        cgroup: _builtins.str = ...,
+        mode: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroup", b"cgroup", "hook", b"hook", "id", b"id", "kind", b"kind", "mode", b"mode", "name", b"name", "tag", b"tag"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Program: _TypeAlias = Program  # noqa: Y015
+
+@_typing.final
+class Sockets(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KNOWN_FIELD_NUMBER: _builtins.int
+    PACED_FIELD_NUMBER: _builtins.int
+    known: _builtins.int
+    paced: _builtins.int
+    def __init__(
+        self,
+        *,
+        known: _builtins.int = ...,
+        paced: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["known", b"known", "paced", b"paced"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Sockets: _TypeAlias = Sockets  # noqa: Y015
+
+@_typing.final
+class Refusal(_message.Message):
+    """What the node has last refused to do for the pod, and not done since."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AT_FIELD_NUMBER: _builtins.int
+    CALL_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    at: _builtins.float
+    """seconds since the epoch"""
+    call: _builtins.str
+    """attach, update, detach"""
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        at: _builtins.float = ...,
+        call: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "call", b"call", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Refusal: _TypeAlias = Refusal  # noqa: Y015
+
+@_typing.final
+class ExplainReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    CGROUP_FIELD_NUMBER: _builtins.int
+    NO_CGROUP_FIELD_NUMBER: _builtins.int
+    LIMITER_FIELD_NUMBER: _builtins.int
+    PROGRAMS_FIELD_NUMBER: _builtins.int
+    COOPERATES_FIELD_NUMBER: _builtins.int
+    SOCKETS_FIELD_NUMBER: _builtins.int
+    NO_SOCKETS_FIELD_NUMBER: _builtins.int
+    REFUSAL_FIELD_NUMBER: _builtins.int
+    version: _builtins.str
+    """of the node's bpfrl"""
+    cgroup: _builtins.str
+    """empty where there is none"""
+    no_cgroup: _builtins.str
+    """why not"""
+    cooperates: _builtins.bool
+    no_sockets: _builtins.str
+    """why not"""
+    @_builtins.property
+    def limiter(self) -> Global___Limiter:
+        """absent: none"""
+
+    @_builtins.property
+    def programs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Program]:
+        """hook by hook, in the order in which they run"""
+
+    @_builtins.property
+    def sockets(self) -> Global___Sockets:
+        """TCP sockets that the limiter knows; absent: not counted"""
+
+    @_builtins.property
+    def refusal(self) -> Global___Refusal:
+        """absent: none"""
+
+    def __init__(
+        self,
+        *,
+        version: _builtins.str = ...,
+        cgroup: _builtins.str = ...,
+        no_cgroup: _builtins.str = ...,
+        limiter: Global___Limiter | None = ...,
+        programs: _abc.Iterable[Global___Program] | None = ...,
+        cooperates: _builtins.bool = ...,
+        sockets: Global___Sockets | None = ...,
+        no_sockets: _builtins.str = ...,
+        refusal: Global___Refusal | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limiter", b"limiter", "refusal", b"refusal", "sockets", b"sockets"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroup", b"cgroup", "cooperates", b"cooperates", "limiter", b"limiter", "no_cgroup", b"no_cgroup", "no_sockets", b"no_sockets", "programs", b"programs", "refusal", b"refusal", "sockets", b"sockets", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainReply: _TypeAlias = ExplainReply  # noqa: Y015

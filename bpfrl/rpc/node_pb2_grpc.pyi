@@ -67,6 +67,8 @@ class NodeStub:
     """Takes a pod's limiter off. A pod that has none is no error."""
     List: _grpc.UnaryUnaryMultiCallable[_node_pb2.ListRequest, _node_pb2.ListReply]
     """Every limiter of the node, and every folder that should be one."""
+    Explain: _grpc.UnaryUnaryMultiCallable[_node_pb2.ExplainRequest, _node_pb2.ExplainReply]
+    """Why a pod is limited, or not, as far as the node knows. That the pod is not here is no error."""
 
 @_typing.type_check_only
 class NodeAsyncStub(NodeStub):
@@ -89,6 +91,8 @@ class NodeAsyncStub(NodeStub):
     """Takes a pod's limiter off. A pod that has none is no error."""
     List: _aio.UnaryUnaryMultiCallable[_node_pb2.ListRequest, _node_pb2.ListReply]  # type: ignore[assignment]
     """Every limiter of the node, and every folder that should be one."""
+    Explain: _aio.UnaryUnaryMultiCallable[_node_pb2.ExplainRequest, _node_pb2.ExplainReply]  # type: ignore[assignment]
+    """Why a pod is limited, or not, as far as the node knows. That the pod is not here is no error."""
 
 class NodeServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -132,5 +136,13 @@ class NodeServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_node_pb2.ListReply, _abc.Awaitable[_node_pb2.ListReply]]:
         """Every limiter of the node, and every folder that should be one."""
+
+    @_abc_1.abstractmethod
+    def Explain(
+        self,
+        request: _node_pb2.ExplainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.ExplainReply, _abc.Awaitable[_node_pb2.ExplainReply]]:
+        """Why a pod is limited, or not, as far as the node knows. That the pod is not here is no error."""
 
 def add_NodeServicer_to_server(servicer: NodeServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,162 @@
+"""What the API server says of one pod, for people who ask why it is limited or not.
+
+Unlike :mod:`.apiserver` this asks once, for one pod, and takes the words of its annotations along as they stand there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, TypeVar
+from urllib.parse import quote
+
+import aiohttp
+import msgspec
+
+from bpfrl.errors import ApiError, InvalidValueError
+from bpfrl.explanation import Event, Request, Wish
+from bpfrl.master.annotations import BURST, EGRESS, INGRESS, RATE_LABEL
+from bpfrl.master.api import Api
+from bpfrl.master.events import COMPONENT
+from bpfrl.master.pods import Pod, RawPod, Spec, read
+from bpfrl.units import Rate, format_size, parse_size
+
+Decoded = TypeVar("Decoded")
+
+_PAGE: Final = 500
+# Somebody waits for the answer.
+_TIMEOUT: Final = aiohttp.ClientTimeout(total=30, sock_connect=5)
+_NOT_FOUND: Final = 404
+_READERS: Final[dict[tuple[str, str], Callable[[str], str]]] = {
+    ("annotation", EGRESS): lambda text: str(Rate.parse_quantity(text)),
+    ("annotation", INGRESS): lambda text: str(Rate.parse_quantity(text)),
+    ("annotation", BURST): lambda text: format_size(parse_size(text)),
+    ("label", RATE_LABEL): lambda text: str(Rate.parse_quantity(text)),
+}
+
+
+class _Spec(Spec, rename="camel"):
+    host_network: bool = False
+
+
+class _Pod(RawPod):
+    spec: _Spec = msgspec.field(default_factory=_Spec)
+
+
+class _ListMetadata(msgspec.Struct, rename={"more": "continue"}):
+    more: str = ""
+
+
+class _Pods(msgspec.Struct):
+    metadata: _ListMetadata
+    items: list[_Pod] = []
+
+
+class _Source(msgspec.Struct):
+    component: str = ""
+
+
+class _Event(msgspec.Struct, rename="camel"):
+    last_timestamp: str | None = None
+    type: str = ""
+    reason: str = ""
+    message: str = ""
+    source: _Source = msgspec.field(default_factory=_Source)
+
+
+class _Events(msgspec.Struct):
+    items: list[_Event] = []
+
+
+async def by_name(api: Api, namespace: str, name: str) -> Request | None:
+    """What the API server says of the pod with this name; None where there is none.
+
+    Raises:
+        ApiError: the API server did not answer, or refused.
+    """
+    try:
+        path = f"/api/v1/namespaces/{quote(namespace)}/pods/{quote(name)}"
+        async with api.request("GET", path, timeout=_TIMEOUT) as response:
+            return await _request(api, _decoded(await response.read(), _Pod))
+    except ApiError as error:
+        if error.status == _NOT_FOUND:
+            return None
+        raise
+
+
+async def by_uid(api: Api, uid: str) -> Request | None:
+    """The same of the pod whose cgroup carries this UID: the API's own, or a static pod's hash.
+
+    The API server selects pods by no UID: all of them are asked for, in pages, until it comes.
+
+    Raises:
+        ApiError: the API server did not answer, or refused.
+    """
+    query = {"limit": str(_PAGE)}
+    while True:
+        async with api.request("GET", "/api/v1/pods", query, timeout=_TIMEOUT) as response:
+            page = _decoded(await response.read(), _Pods)
+        for raw in page.items:
+            if uid == raw.metadata.uid or uid in (raw.metadata.annotations or {}).values():
+                request = await _request(api, raw)
+                if uid in (request.uid, request.pod.uid):
+                    return request
+        if not page.metadata.more:
+            return None
+        query["continue"] = page.metadata.more
+
+
+def wishes(raw: RawPod) -> tuple[Wish, ...]:
+    """What stands in a pod's annotations and labels about its bandwidth, each value by itself."""
+    values = {"annotation": raw.metadata.annotations or {}, "label": raw.metadata.labels or {}}
+    found = []
+    for (kind, key), meaning in _READERS.items():
+        text = values[kind].get(key)
+        if text is None:
+            continue
+        try:
+            found.append(Wish(kind, key, text, meaning(text)))
+        except InvalidValueError as error:
+            found.append(Wish(kind, key, text, "", str(error)))
+    return tuple(found)
+
+
+async def _request(api: Api, raw: _Pod) -> Request:
+    try:
+        pod = read(raw)
+    except InvalidValueError as error:
+        raise ApiError(f"the API server's answer cannot be understood: {error}") from error
+    events, no_events = await _events(api, pod)
+    return Request(
+        pod=pod.ref,
+        uid=pod.uid,
+        node=pod.node,
+        address=pod.address,
+        phase=raw.status.phase,
+        host_network=raw.spec.host_network,
+        wishes=wishes(raw),
+        limits=pod.limits,
+        problem=pod.problem,
+        ended=pod.ended,
+        events=events,
+        no_events=no_events,
+    )
+
+
+async def _events(api: Api, pod: Pod) -> tuple[tuple[Event, ...], str]:
+    """What bpfrl has told about a pod, or why that cannot be read: it is worth less than all the rest."""
+    path, query = f"/api/v1/namespaces/{pod.ref.namespace}/events", {"fieldSelector": f"involvedObject.uid={pod.uid}"}
+    try:
+        async with api.request("GET", path, query, timeout=_TIMEOUT) as response:
+            found = _decoded(await response.read(), _Events).items
+    except ApiError as error:
+        return (), str(error)
+    told = [event for event in found if event.source.component == COMPONENT]
+    told.sort(key=lambda event: event.last_timestamp or "")
+    return tuple(Event(each.last_timestamp or "", each.type, each.reason, each.message) for each in told), ""
+
+
+def _decoded(text: bytes, kind: type[Decoded]) -> Decoded:
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ApiError(f"the API server's answer cannot be read: {error}") from error
