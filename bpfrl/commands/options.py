@@ -197,15 +197,15 @@ def reader_certificates(folder: Path) -> Certificates:
 
 
 @contextmanager
-def patience(text: str) -> Iterator[None]:
-    """At a terminal, say what is waited for, once that takes more than two seconds."""
+def patience(text: str) -> Iterator[Callable[[str], None]]:
+    """At a terminal, say what is waited for once that takes more than two seconds; yields what changes the text."""
     status = Console(stderr=True).status(text)
     timer = Timer(_PATIENCE_SECONDS, status.start)
     timer.daemon = True
     if sys.stderr.isatty():
         timer.start()
     try:
-        yield
+        yield status.update
     finally:
         timer.cancel()
         status.stop()
