@@ -19,7 +19,7 @@ from typing import Final, NamedTuple
 from bpfrl import cgroup, libc
 from bpfrl.bpf import libbpf
 from bpfrl.bpf.libbpf import AttachType, Descriptor, MapShape, MapType, ProgramType
-from bpfrl.errors import BpfrlError, KernelError
+from bpfrl.errors import BpfrlError, KernelError, PermissionDeniedError
 
 NAME: Final = "bpfrl_probe"
 
@@ -183,7 +183,7 @@ def _links() -> None:
     try:
         folder.mkdir()
     except OSError as error:
-        raise KernelError(f"cannot make a cgroup to try it on: {error.strerror}") from error
+        raise _refused("make a cgroup to try it on", error) from error
     try:
         with ExitStack() as stack:
             target = stack.enter_context(Descriptor(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)))
@@ -234,7 +234,13 @@ def _iterate_alone(program: Descriptor) -> None:
             visited.listen()
             libbpf.iterate(program)
     except OSError as error:
-        raise KernelError(f"cannot look at a network namespace of its own: {error.strerror}") from error
+        raise _refused("have a network namespace to try it in", error) from error
+
+
+def _refused(action: str, error: OSError) -> BpfrlError:
+    if isinstance(error, PermissionError):
+        return PermissionDeniedError(f"cannot {action}: this needs root")
+    return KernelError(f"cannot {action}: {error.strerror}")
 
 
 FEATURES: Final = (
@@ -247,12 +253,3 @@ FEATURES: Final = (
     Feature("iter/tcp", "6.1", "giving connections back what was theirs when a limit goes", False, _iterator),
     Feature("callback flags", "6.13", "pacing connections from before a limit", False, _callback_flags),
 )
-
-
-def missing(feature: Feature) -> str:
-    """Why the kernel cannot do it here, "" if it can."""
-    try:
-        feature.probe()
-    except BpfrlError as error:
-        return str(error)
-    return ""

@@ -213,7 +213,11 @@ def patience(text: str) -> Iterator[Callable[[str], None]]:
 
 def show(findings: Sequence[Finding]) -> None:
     """Print what was found: folded to a terminal's width, or in whole lines."""
-    Console(width=None if sys.stdout.isatty() else _UNCUT_WIDTH, highlight=False).print(render.checklist(findings))
+    console = Console(width=None if sys.stdout.isatty() else _UNCUT_WIDTH, highlight=False)
+    with console.capture() as drawn:
+        console.print(render.checklist(findings))
+    for line in drawn.get().splitlines():
+        click.echo(line.rstrip())  # rich fills the last column up
 
 
 def nothing_limited(agent: Agent) -> str:

@@ -19,7 +19,7 @@ from bpfrl.bpf import generator, libbpf, probe
 from bpfrl.bpf.libbpf import LoadedObject
 from bpfrl.bpf.probe import Feature
 from bpfrl.cgroup import CgroupTree, mount_point
-from bpfrl.errors import BpfrlError, CgroupNotFoundError
+from bpfrl.errors import BpfrlError, CgroupNotFoundError, PermissionDeniedError
 from bpfrl.findings import Finding, Mark
 from bpfrl.mounts import mounts
 from bpfrl.node.agent import Agent
@@ -33,6 +33,7 @@ _OLDEST_KERNEL: Final = (5, 12)
 _CAPABILITIES: Final = {"CAP_DAC_READ_SEARCH": 2, "CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21, "CAP_BPF": 39}
 _SCRATCH: Final = "doctor"
 _TOOL_SECONDS: Final = 5.0
+_AS_ROOT: Final = "run bpfrl as root"
 _INSTALL: Final = "apt-get install clang llvm libbpf-dev"
 # A program, and whether anything is limited without it.
 _PROGRAMS: Final = {"limiter.bpf.c": True, "sockets.bpf.c": False, "cooperate.bpf.c": False}
@@ -64,7 +65,7 @@ def privileges() -> Finding:
     absent = [name for name, bit in _CAPABILITIES.items() if not int(held, 16) >> bit & 1]
     user = "root" if os.geteuid() == 0 else f"user {os.geteuid()}"
     if absent:
-        return Finding("privileges", Mark.MISSING, (f"{user}, without {', '.join(absent)}",), "run bpfrl as root")
+        return Finding("privileges", Mark.MISSING, (f"{user}, without {', '.join(absent)}",), _AS_ROOT)
     return Finding("privileges", Mark.OK, (f"{user}, with {', '.join(_CAPABILITIES)}",))
 
 
@@ -121,9 +122,9 @@ def bpffs(agent: Agent) -> Finding:
             advice = "name an empty folder, or a BPF file system, with --bpffs"
             return Finding("bpffs", Mark.MISSING, (f"{place} is no BPF file system, and not empty",), advice)
         if not os.access(place, os.W_OK):
-            return Finding("bpffs", Mark.MISSING, (f"none on {place}, and it cannot be mounted",), "run bpfrl as root")
+            return Finding("bpffs", Mark.MISSING, (f"none on {place}, and it cannot be mounted",), _AS_ROOT)
     except BpfrlError as error:
-        return Finding("bpffs", Mark.MISSING, (str(error),), "run bpfrl as root")
+        return Finding("bpffs", Mark.MISSING, (str(error),), _AS_ROOT)
     except OSError as error:
         return Finding("bpffs", Mark.MISSING, (f"{place}: {error.strerror}",), "run bpfrl as root, or use --bpffs")
     return Finding("bpffs", Mark.OK, (f"not mounted on {place} yet: the first limiter mounts it",))
@@ -154,11 +155,14 @@ def compiler() -> Finding:
 
 def kernel_feature(feature: Feature) -> Finding:
     """One thing that the kernel can do, tried."""
-    reason = probe.missing(feature)
-    if not reason:
-        return Finding(feature.name, Mark.OK, (f"for {feature.purpose}",))
     mark = Mark.MISSING if feature.needed else Mark.WARNING
-    return Finding(feature.name, mark, (reason,), f"Linux {feature.since} or newer has it: for {feature.purpose}")
+    try:
+        feature.probe()
+    except PermissionDeniedError as error:
+        return Finding(feature.name, mark, (f"not tried: {error}",), _AS_ROOT)
+    except BpfrlError as error:
+        return Finding(feature.name, mark, (str(error),), f"Linux {feature.since} has it, for {feature.purpose}")
+    return Finding(feature.name, Mark.OK, (f"works, for {feature.purpose}",))
 
 
 def programs() -> Finding:
@@ -168,6 +172,8 @@ def programs() -> Finding:
         try:
             with LoadedObject(generator.compile_object(source)):
                 lines.append(f"{source} loads")
+        except PermissionDeniedError as error:
+            return Finding("programs", Mark.MISSING, (f"not tried: {error}",), _AS_ROOT)
         except BpfrlError as error:
             lines.append(f"{source} does not load: {error}")
             mark = Mark.MISSING if needed or mark is Mark.MISSING else Mark.WARNING
