@@ -89,6 +89,11 @@ class Request:
     no_events: str = ""
 
     @property
+    def placed(self) -> bool:
+        """It is on a node, by whatever name."""
+        return bool(self.node or self.address)
+
+    @property
     def static(self) -> bool:
         """A static pod, which the API server only shows."""
         return self.pod.uid != self.uid
@@ -172,7 +177,7 @@ class Explanation:
         node: who was asked, or would have been: an address, or "this machine".
         request: what the API server says; None: see the next two.
         no_request: why it was not asked, or did not answer.
-        unheard_of: it has answered that there is no such pod.
+        unheard_of: it has answered that there is no such pod, which ``no_request`` says.
         report: what the node says.
         no_report: why it was not asked, or did not answer.
     """
@@ -205,7 +210,7 @@ def verdict(explanation: Explanation) -> Verdict:
     if request.limits is None:
         return _asking_for_nothing(explanation, f"the pod asks for nothing ({NO_WISHES})")
     if report is None:
-        word = "known to be limited" if request.node else "limited yet"
+        word = "known to be limited" if request.placed else "limited yet"
         asked = said(request.limits)
         return Verdict(Mark.MISSING, f"NOT {word} although it asks for {asked}: {explanation.no_report}")
     return _asking(request, request.limits, report)
@@ -272,7 +277,7 @@ def _asking_nonsense(request: Request, report: Report | None) -> Verdict:
 
 def _asking_for_nothing(explanation: Explanation, why: str) -> Verdict:
     report = explanation.report
-    if report is None and not (explanation.request and explanation.request.node):
+    if report is None and not (explanation.request and explanation.request.placed):
         return Verdict(Mark.OK, f"not limited: {why}")
     if report is None:
         return Verdict(
@@ -293,7 +298,7 @@ def _without_request(explanation: Explanation) -> Verdict:
     fault = shortfall(report)
     if explanation.unheard_of:
         limited = f"limited{_held(report)} although" if report.limiter or fault else "not limited:"
-        return Verdict(Mark.MISSING, f"{limited} the cluster has no such pod")
+        return Verdict(Mark.MISSING, f"{limited} {explanation.no_request}")
     if fault:
         return Verdict(Mark.MISSING, f"NOT limited: {fault}")
     if report.limiter:

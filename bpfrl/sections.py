@@ -93,10 +93,10 @@ def _pod(explanation: Explanation) -> Finding:
         return Finding("pod", mark, (f"{name}, uid {pod.uid}", explanation.no_request))
     kind = [f"static, with {pod.uid} in its cgroup's name"] if request.static else []
     kind += ["on the host's network"] if request.host_network else []
-    address = f" ({request.address})" if request.address else ""
-    place = f"node {request.node}{address}" if request.node else "on no node yet"
+    address = f" ({request.address})" if request.node and request.address else ""
+    place = f"node {request.node or request.address}{address}" if request.placed else "on no node yet"
     found = ", ".join((str(pod), f"uid {request.uid}", place, request.phase or "of no phase yet", *kind))
-    return Finding("pod", Mark.OK if request.node else Mark.WARNING, (found,))
+    return Finding("pod", Mark.OK if request.placed else Mark.WARNING, (found,))
 
 
 def _asked(explanation: Explanation) -> Finding:

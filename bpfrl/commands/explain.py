@@ -62,6 +62,7 @@ class _Asked:
         node_port: the port of those that have none.
         certs: what to show a node.
         insecure: to show it nothing.
+        manifests: the folder that takes the place of an API server.
         kubeconfig: where the API server is told.
         context: which of its contexts.
     """
@@ -73,8 +74,14 @@ class _Asked:
     node_port: int
     certs: Path | None
     insecure: bool
+    manifests: Path | None
     kubeconfig: Path | None
     context: str | None
+
+    def is_it(self, request: Request) -> bool:
+        """True for the pod that was named."""
+        pod = request.pod
+        return self.uid in (request.uid, pod.uid) or (self.namespace, self.name) == (pod.namespace, pod.name)
 
 
 @click.command()
@@ -98,7 +105,8 @@ class _Asked:
     help="What to show a node that is not this machine. [env: BPFRL_CERTS]",
 )
 @click.option("--insecure", is_flag=True, help="Ask without TLS, which is for loopback only.")
-@click.option("--kubeconfig", type=FOLDER, metavar="FILE", help="Ask this cluster's API server.")
+@click.option("--manifests", type=FOLDER, metavar="DIR", help="Take what it asks for from this folder of manifests.")
+@click.option("--kubeconfig", type=FOLDER, metavar="FILE", help="Take it from this cluster's API server.")
 @click.option("--context", help="Which of the kubeconfig's contexts. [default: its current one]")
 @click.option(
     "-o",
@@ -128,8 +136,9 @@ def explain(
       bpfrl explain --cgroup /sys/fs/cgroup/kubepods.slice/...
 
     What the pod asks for comes from the API server of --kubeconfig, of KUBECONFIG, of the pod around this process or
-    of ~/.kube/config; without one, only what the node knows is told. What it has comes from this machine, as root, or
-    over the network from its node, with --certs. The last line says what it all comes to.
+    of ~/.kube/config, or from the folder of --manifests; without any, only what the node knows is told. What it has
+    comes from this machine, as root, or over the network from its node, with --certs. The last line says what it all
+    comes to.
 
     \b
     EXIT STATUS
@@ -144,6 +153,8 @@ def explain(
         raise click.UsageError("--namespace goes with POD")
     if path and asked.node:
         raise click.UsageError("--cgroup is one of this machine: leave out --node")
+    if asked.manifests and (asked.kubeconfig or asked.context):
+        raise click.UsageError("--manifests takes the place of an API server: leave out --kubeconfig and --context")
     if asked.certs and asked.insecure:
         raise click.UsageError("use one of --certs DIR and, on loopback only, --insecure")
     if asked.node and not (asked.certs or asked.insecure):
@@ -170,9 +181,10 @@ def _of_cgroup(node: LocalNode, path: Path) -> Explanation:
 async def _explained(node: LocalNode, asked: _Asked) -> Explanation:
     request, no_request = await _ask_cluster(asked)
     unheard_of = request is None and not no_request
+    where = asked.manifests or "the cluster"
     if unheard_of and asked.name:
-        raise ClusterError(f"the cluster has no pod {asked.namespace}/{asked.name}")
-    no_request = "the cluster has no such pod" if unheard_of else no_request
+        raise ClusterError(f"{where} has no pod {asked.namespace}/{asked.name}")
+    no_request = f"{where} has no such pod" if unheard_of else no_request
     address = request.address if request else ""
     source: _Source = _ThisMachine(node)
     if asked.node or (address and not _is_own(address)):
@@ -206,10 +218,12 @@ async def _with_report(found: Explanation, source: _Source) -> Explanation:
 
 
 async def _ask_cluster(asked: _Asked) -> tuple[Request | None, str]:
-    """What the API server says, None where it has no such pod; or why it says nothing."""
+    """What the API server or the manifests say, None where they have no such pod; or why they say nothing."""
     from bpfrl.master import api, inquiry  # noqa: PLC0415 - half a second, which --cgroup does not need
 
     try:
+        if asked.manifests:
+            return inquiry.in_manifests(asked.manifests, asked.is_it), ""
         client = await api.connect(asked.kubeconfig, asked.context)
         try:
             server = api.Api(client)

@@ -1,4 +1,4 @@
-"""What the API server says of one pod, for people who ask why it is limited or not.
+"""What the API server, or a folder of manifests, says of one pod, for people who ask why it is limited or not.
 
 Unlike :mod:`.apiserver` this asks once, for one pod, and takes the words of its annotations along as they stand there.
 """
@@ -6,13 +6,15 @@ Unlike :mod:`.apiserver` this asks once, for one pod, and takes the words of its
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Final, TypeVar
 from urllib.parse import quote
 
 import aiohttp
 import msgspec
 
-from bpfrl.errors import ApiError, InvalidValueError
+from bpfrl.errors import ApiError, ClusterError, InvalidValueError
 from bpfrl.explanation import Event, Request, Wish
 from bpfrl.master.annotations import BURST, EGRESS, INGRESS, RATE_LABEL
 from bpfrl.master.api import Api
@@ -120,25 +122,52 @@ def wishes(raw: RawPod) -> tuple[Wish, ...]:
     return tuple(found)
 
 
+def in_manifests(folder: Path, is_it: Callable[[Request], bool]) -> Request | None:
+    """What a folder of manifests says of a pod; None where none of them does.
+
+    Raises:
+        ClusterError: the folder, or a file that may be the one, cannot be read.
+    """
+    from bpfrl.master.manifests import manifests, read_file  # noqa: PLC0415 - with what watches files
+
+    problems = []
+    try:
+        for path in manifests(folder):
+            try:
+                found = [_described(raw, read(raw)) for raw in read_file(path)]
+            except InvalidValueError as error:
+                problems.append(f"{path}: {error}")
+                continue
+            for request in filter(is_it, found):
+                return request
+    except OSError as error:
+        raise ClusterError(f"{folder}: {error.strerror}") from error
+    if problems:
+        raise ClusterError(problems[0])
+    return None
+
+
 async def _request(api: Api, raw: _Pod) -> Request:
     try:
         pod = read(raw)
     except InvalidValueError as error:
         raise ApiError(f"the API server's answer cannot be understood: {error}") from error
     events, no_events = await _events(api, pod)
+    request = _described(raw, pod)
+    return replace(request, host_network=raw.spec.host_network, events=events, no_events=no_events)
+
+
+def _described(raw: RawPod, pod: Pod) -> Request:
     return Request(
         pod=pod.ref,
         uid=pod.uid,
         node=pod.node,
         address=pod.address,
         phase=raw.status.phase,
-        host_network=raw.spec.host_network,
         wishes=wishes(raw),
         limits=pod.limits,
         problem=pod.problem,
         ended=pod.ended,
-        events=events,
-        no_events=no_events,
     )
 
 

@@ -135,6 +135,7 @@ USAGE_ERRORS: dict[str, tuple[tuple[str, ...], str]] = {
     "no cgroup": (("--cgroup", "/nonexistent"), "'/nonexistent' is no cgroup"),
     "trust in everybody and somebody": (("web", "--certs", "x", "--insecure"), "use one of --certs DIR and"),
     "a node without trust": (("web", "--node", "192.0.2.1"), "--node needs --certs DIR or, on loopback only,"),
+    "a cluster and manifests": (("web", "--manifests", "x", "--kubeconfig", "y"), "--manifests takes the place of an"),
     "two pods": (("web", "cart"), "unexpected extra argument"),
     "no uid": (("--pod-uid", "web"), "'web' is no pod UID"),
     "no port": (("web", "--node", "h:x", "--insecure"), "'h:x' is no node's address: write it as ADDRESS"),
@@ -216,6 +217,20 @@ def test_a_node_that_is_named_is_asked_wherever_the_pod_is(world: World) -> None
     assert world.asked[-1] == ("node", "127.0.0.1:10002", UID)
     run("--pod-uid", UID, "--node", "[::1]:7", "--insecure")
     assert world.asked[-1] == ("node", "[::1]:7", UID)
+
+
+def test_manifests_take_the_place_of_an_api_server(world: World, tmp_path: Path) -> None:
+    world.here = HELD
+    manifest = "kind: Pod\nmetadata: {name: NAME, namespace: shop, uid: UID, labels: {rate: 10M}}\n"
+    (tmp_path / "pod.yaml").write_text(manifest.replace("UID", UID).replace("NAME", "cart"))
+    for name in (("-n", "shop", "cart"), ("--pod-uid", UID)):
+        found = run(*name, "--manifests", tmp_path)
+        assert verdict(found).startswith(
+            "limited to something else: egress 10mbit, although it asks for egress 10mbit,"
+        )
+        assert world.asked.pop() == ("here", UID)
+    assert failure(run("cart", "--manifests", tmp_path), 1) == f"bpfrl: {tmp_path} has no pod default/cart"
+    assert world.asked == []
 
 
 def test_a_pod_on_no_node_is_nobodys_to_ask_for(world: World) -> None:

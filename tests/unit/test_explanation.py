@@ -59,6 +59,7 @@ def explain(request: Request | None, report: Report | None, **others: Any) -> Ex
     return Explanation(POD, "192.0.2.1", request=request, report=report, **others)
 
 
+UNHEARD_OF: dict[str, Any] = {"unheard_of": True, "no_request": "the cluster has no such pod"}
 OK, WARNING, MISSING = Mark.OK, Mark.WARNING, Mark.MISSING
 VERDICTS: dict[str, tuple[Explanation, Mark, str]] = {
     "as asked": (explain(ASKING, HELD), OK, "limited as asked: egress 10mbit"),
@@ -211,9 +212,9 @@ VERDICTS: dict[str, tuple[Explanation, Mark, str]] = {
         MISSING,
         "nothing is known of it: no API server; node 192.0.2.1 does not answer: refused",
     ),
-    "unheard of": (explain(None, ABSENT, unheard_of=True), MISSING, "not limited: the cluster has no such pod"),
+    "unheard of": (explain(None, ABSENT, **UNHEARD_OF), MISSING, "not limited: the cluster has no such pod"),
     "unheard of, and limited": (
-        explain(None, HELD, unheard_of=True),
+        explain(None, HELD, **UNHEARD_OF),
         MISSING,
         "limited to egress 10mbit although the cluster has no such pod",
     ),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
 
-from bpfrl.errors import ApiError
+from bpfrl.errors import ApiError, ClusterError
 from bpfrl.explanation import Event, Request, Wish
 from bpfrl.limits import Limits, PodRef
 from bpfrl.master import inquiry
@@ -186,3 +187,38 @@ def test_an_answer_that_is_no_pod_is_an_error(answer: dict[str, Any]) -> None:
 
     with pytest.raises(ApiError, match=r"^the API server's answer cannot be (read|understood): "):
         run(work())
+
+
+# A folder of manifests.
+
+MANIFEST = """
+kind: Pod
+metadata: {name: cart, namespace: shop, uid: UID, annotations: {kubernetes.io/egress-bandwidth: 10M}}
+"""
+
+
+def named(name: str) -> Callable[[Request], bool]:
+    return lambda request: request.pod.name == name
+
+
+def test_a_folder_of_manifests_says_the_same_of_a_pod(tmp_path: Path) -> None:
+    (tmp_path / "cart.yaml").write_text(MANIFEST.replace("UID", UID))
+    (tmp_path / "other.yaml").write_text(MANIFEST.replace("UID", uid_of(1)).replace("cart", "other"))
+    assert inquiry.in_manifests(tmp_path, named("cart")) == Request(
+        pod=PodRef(UID, "shop", "cart"),
+        uid=UID,
+        address="127.0.0.1",
+        wishes=(Wish("annotation", EGRESS, "10M", "10mbit"),),
+        limits=Limits(Rate(10**7)),
+    )
+    assert inquiry.in_manifests(tmp_path, named("nobody")) is None
+
+
+def test_a_manifest_that_cannot_be_read_may_be_the_one(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("kind: [")
+    (tmp_path / "cart.yaml").write_text(MANIFEST.replace("UID", UID))
+    assert inquiry.in_manifests(tmp_path, named("cart"))
+    with pytest.raises(ClusterError, match=r"a\.yaml: no YAML: "):
+        inquiry.in_manifests(tmp_path, named("nobody"))
+    with pytest.raises(ClusterError, match="No such file or directory"):
+        inquiry.in_manifests(tmp_path / "gone", named("nobody"))
