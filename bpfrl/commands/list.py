@@ -208,7 +208,8 @@ def _watch(place: _Place, sort_by: str | None, *, wide: bool) -> None:
             rows = history.follow(found.rows, found.silent)
             rows = render.sort(rows, sort_by) if sort_by else rows
             table = render.table(rows, view=place.view, wide=wide, rates=True, drawn=live is not None)
-            drawn = Group(table, *(Text(line, style="red", no_wrap=True) for line in found.complaints))
+            below = [Text(line, style="red", no_wrap=True) for line in found.complaints]
+            drawn = Group(table, *(below if below or rows else [Text(place.nothing())]))
             if live:
                 live.update(drawn, refresh=True)
             else:

@@ -10,7 +10,6 @@ answer keeps none of the others from being shown.
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -31,6 +30,7 @@ _AT_ONCE: Final = 64
 # Pods of a cluster that is watched are read as often as this, or as takes this share of the time.
 _READ_SECONDS: Final = 10.0
 _READ_SHARE: Final = 0.05
+_PATIENCE_SECONDS: Final = 3.0
 # What is said of an orphan whose pod is not only without annotations.
 _NO_POD: Final = "no such pod"
 
@@ -173,8 +173,10 @@ class Cluster:
         self._labels = labels
         self._seconds = seconds
         self._counting = counting
-        self._pods: list[Pod] = []
-        self._read_again_at = -math.inf
+        self._pods: list[Pod] | None = None
+        self._stale = ""
+        self._read_seconds = 0.0
+        self._read_again_at = 0.0
         self._strangers: set[str] = set()
 
     async def look(self) -> Look:
@@ -183,40 +185,44 @@ class Cluster:
         Raises:
             ApiError: the pods cannot be read, and never could.
         """
-        stale = ""
-        if asyncio.get_running_loop().time() >= self._read_again_at:
-            stale = await self._read()
-        places = addresses(self._pods)
+        pods = self._pods
+        if pods is None or asyncio.get_running_loop().time() >= self._read_again_at:
+            pods = await self._read()
+        places = addresses(pods)
         with self._counting(len(set(places.values()))) as answered:
             answers = await self._nodes.ask(places.values(), self._seconds, answered)
-        entries = self._join(answers)
+        entries = self._join(pods, answers)
         if _strangers(entries) - self._strangers:
             # Pods have come since, or somebody has attached by hand.
-            stale = await self._read()
-            entries = self._join(answers)
+            entries = self._join(await self._read(), answers)
         self._strangers = _strangers(entries)
         silent = {
             name: answers[address].reason for name, address in sorted(places.items()) if answers[address].found is None
         }
-        return Look(entries, silent, stale)
+        return Look(entries, silent, self._stale)
 
-    def _join(self, answers: Mapping[str, Answer]) -> list[Entry]:
-        return join(self._pods, answers, everything=not (self._namespace or self._labels))
+    def _join(self, pods: Sequence[Pod], answers: Mapping[str, Answer]) -> list[Entry]:
+        return join(pods, answers, everything=not (self._namespace or self._labels))
 
-    async def _read(self) -> str:
-        """Read the pods, and return why that was not possible this time."""
+    async def _read(self) -> list[Pod]:
+        """The pods as they are now, or were when they could last be read."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:
-            self._pods, _ = await list_pods(self._api, self._namespace, self._labels)
-        except ApiError as error:
-            if self._read_again_at == -math.inf:
+            # Who watches is not to wait for long; the first time, who knows how many there are.
+            async with asyncio.timeout(None if self._pods is None else max(_PATIENCE_SECONDS, 4 * self._read_seconds)):
+                pods, _ = await list_pods(self._api, self._namespace, self._labels)
+        except (ApiError, TimeoutError) as error:
+            if self._pods is None:
                 raise
-            return str(error)
-        finally:
-            took = loop.time() - began
-            self._read_again_at = began + max(_READ_SECONDS, took / _READ_SHARE)
-        return ""
+            pods = self._pods
+            self._stale = str(error) or "the API server does not answer"
+        else:
+            self._stale = ""
+            self._read_seconds = loop.time() - began
+        self._pods = pods
+        self._read_again_at = loop.time() + max(_READ_SECONDS, self._read_seconds / _READ_SHARE)
+        return pods
 
 
 def addresses(pods: Iterable[Pod]) -> dict[str, str]:
