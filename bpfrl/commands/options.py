@@ -240,7 +240,7 @@ def remote_options(function: Function) -> Function:
 
     for option in (
         click.option("--context", help="Which of the kubeconfig's contexts. [default: its current one]"),
-        click.option("--kubeconfig", type=FOLDER, metavar="FILE", help="The cluster whose API server is asked."),
+        click.option("--kubeconfig", type=FOLDER, metavar="FILE", help="The cluster. [default: as kubectl's]"),
         node_port_option,
         daemon_options,
     ):
