@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import yaml
 from rich.console import Group
@@ -25,6 +25,9 @@ from bpfrl.units import Rate, format_size
 
 _NONE: Final = "-"
 _STEPS: Final = ("", "k", "M", "G", "T", "P", "E")
+# A few seconds, and the longest state's name.
+_LEAST_LOAD: Final = 8
+_LEAST_STATE: Final = 7
 _AGES: Final = (("d", 86_400), ("h", 3_600), ("m", 60))
 
 
@@ -92,10 +95,12 @@ class Row(NamedTuple):
 
 
 class _Column(NamedTuple):
+    """A column; where there is no room for all, it may become as narrow as ``least``, or 0: stays as it is."""
+
     title: str
     cell: Callable[[Row], str | Sparkline]
     right: bool = True
-    shrinks: bool = False
+    least: int = 0
 
 
 def _read(title: str, read: Callable[[Status], str], *, right: bool = True) -> _Column:
@@ -159,8 +164,8 @@ _INGRESS: Final = _read("INGRESS", lambda status: _limit(status.limits.ingress))
 _SENDING: Final = _Column("SENDING", lambda row: _rate(row, _sent))
 _RECEIVING: Final = _Column("RECEIVING", lambda row: _rate(row, _received))
 _DROPPING: Final = _Column("DROPPING", lambda row: _rate(row, _dropped))
-_TX_LOAD: Final = _Column("TX-LOAD", lambda row: _load(row, egress=True), right=False, shrinks=True)
-_RX_LOAD: Final = _Column("RX-LOAD", lambda row: _load(row, egress=False), right=False, shrinks=True)
+_TX_LOAD: Final = _Column("TX-LOAD", lambda row: _load(row, egress=True), right=False, least=_LEAST_LOAD)
+_RX_LOAD: Final = _Column("RX-LOAD", lambda row: _load(row, egress=False), right=False, least=_LEAST_LOAD)
 _DROPS: Final = _Column("DROPS", _drop_share)
 _LISTED: Final = (
     _EGRESS,
@@ -176,7 +181,9 @@ _WIDE: Final = (
     _read("BURST", lambda status: format_size(status.limits.burst) if status.limits.burst else "default"),
     _Column("CGROUP", _cgroup, right=False),
 )
-_STATE: Final = _Column("STATE", lambda row: f"{row.state}: {row.reason}" if row.reason else row.state, right=False)
+_STATE: Final = _Column(
+    "STATE", lambda row: f"{row.state}: {row.reason}" if row.reason else row.state, right=False, least=_LEAST_STATE
+)
 
 
 def _names(view: View, *, wide: bool, drawn: bool) -> tuple[_Column, ...]:
@@ -204,13 +211,17 @@ def table(
     last = (_STATE,) if view.of_pods else ()
     columns = (*_names(view, wide=wide, drawn=drawn), *measured, *(_WIDE if wide else ()), *last)
     grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
-    for column in columns:
-        # Where there is no room for all, pictures of less time are still good.
-        grid.add_column(column.title, no_wrap=not column.shrinks, justify="right" if column.right else "left")
-    whole = [row for row in rows if row.status or row.state]
-    for row in whole:
-        cells = (column.cell(row) for column in columns)
-        grid.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
+    whole = [[column.cell(row) for column in columns] for row in rows if row.status or row.state]
+    for number, column in enumerate(columns):
+        cells = (cells[number] for cells in whole)
+        # What still does not fit is cut off at the end of the line: half of each column is of no use.
+        least = column.least or max(len(column.title), *(len(cell) for cell in cells if isinstance(cell, str)), 0)
+        justify: Literal["left", "right"] = "right" if column.right else "left"
+        grid.add_column(column.title, no_wrap=not column.least, justify=justify, min_width=least)
+    for each in whole:
+        grid.add_row(
+            *(Text(cell, no_wrap=True, overflow="ellipsis") if isinstance(cell, str) else cell for cell in each)
+        )
     notes = (Text(note, style="red", no_wrap=True) for note in _notes(rows))
     return Group(*([grid] if whole else []), *notes)
 
