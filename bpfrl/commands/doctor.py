@@ -5,40 +5,30 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
 from bpfrl import render
 from bpfrl.commands.options import (
-    DEFAULT_PORT,
     FAILURE,
-    FOLDER,
     NODE,
     LocalNode,
-    patience,
-    reader_certificates,
+    NodeAddress,
+    Remote,
+    reading_options_fit,
+    remote_options,
     show,
 )
+from bpfrl.commands.progress import patience
 from bpfrl.errors import CertificateError
 from bpfrl.findings import Finding, Mark
 from bpfrl.node import doctor as machine
 
 
 @click.command()
-@click.option("--certs", type=FOLDER, envvar="BPFRL_CERTS", metavar="DIR", help="Look at these certificates too.")
-@click.option("--insecure", is_flag=True, help="Ask nodes without TLS, which is for loopback only.")
 @click.option("--node", "nodes", type=NODE, multiple=True, metavar="ADDRESS[:PORT]", help="Ask this node. Repeatable.")
-@click.option(
-    "--node-port",
-    type=click.IntRange(1, 2**16 - 1),
-    default=DEFAULT_PORT,
-    show_default=True,
-    help="Where the nodes' daemons listen.",
-)
-@click.option("--kubeconfig", type=FOLDER, metavar="FILE", help="Ask this cluster's API server.")
-@click.option("--context", help="Which of the kubeconfig's contexts. [default: its current one]")
 @click.option(
     "-o",
     "--output",
@@ -47,17 +37,9 @@ from bpfrl.node import doctor as machine
     show_default=True,
     help="The form of the output.",
 )
+@remote_options
 @click.pass_obj
-def doctor(
-    node: LocalNode,
-    certs: Path | None,
-    insecure: bool,
-    nodes: tuple[tuple[str, int | None], ...],
-    node_port: int,
-    kubeconfig: Path | None,
-    context: str | None,
-    output: str,
-) -> None:
+def doctor(node: LocalNode, nodes: Sequence[NodeAddress], output: str, remote: Remote) -> None:
     """Check whether this machine can limit pods, and say what to do where it cannot.
 
     A row for each thing that was looked at: ok, a warning where something works less well, or missing where it is
@@ -70,23 +52,20 @@ def doctor(
       1  something is
       2  the options cannot be meant
     """
-    if insecure and certs:
-        raise click.UsageError("use one of --certs DIR and, on loopback only, --insecure")
-    if nodes and not (certs or insecure):
-        raise click.UsageError("--node needs --certs DIR or, on loopback only, --insecure")
-    if insecure and not nodes:
+    reading_options_fit(remote, nodes)
+    if remote.insecure and not nodes:
         raise click.UsageError("--insecure goes with --node")
     with patience("looking...") as waiting:
         found = []
         for name, check in machine.checks(node.agent(), node.tree):
             waiting(f"looking at {name}...")
             found.append(check())
-        if certs or nodes:
+        if remote.certs or nodes:
             waiting("asking nodes...")
-            found += _over_the_network(certs, [(host, port or node_port) for host, port in nodes])
-        if kubeconfig or context:
+            found += _over_the_network(remote, nodes)
+        if remote.kubeconfig or remote.context:
             waiting("asking the API server...")
-            found += _cluster(kubeconfig, context)
+            found += _cluster(remote)
     sound = all(finding.mark is not Mark.MISSING for finding in found)
     if output == "table":
         show(found)
@@ -95,24 +74,25 @@ def doctor(
     sys.exit(0 if sound else FAILURE)
 
 
-def _over_the_network(certs: Path | None, targets: list[tuple[str, int]]) -> list[Finding]:
+def _over_the_network(remote: Remote, nodes: Sequence[NodeAddress]) -> list[Finding]:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what matters of it comes as an error
     from bpfrl.rpc import checks  # noqa: PLC0415 - half a second that the machine's own checks do not need
 
-    found = [checks.certificate(certs)] if certs else []
-    if not targets:
+    found = [checks.certificate(remote.certs)] if remote.certs else []
+    if not nodes:
         return found
     try:
-        certificates = reader_certificates(certs) if certs else None
+        shown = remote.certificates()
     except CertificateError as error:
-        return [*found, Finding("nodes", Mark.MISSING, (f"not asked: {error}",), "use the master's certificates")]
-    return [*found, *asyncio.run(checks.nodes(targets, certificates))]
+        return [*found, Finding("nodes", Mark.MISSING, (f"not asked: {error}",), "use an operator's certificate")]
+    targets = [(each.host, each.port or remote.node_port) for each in nodes]
+    return [*found, *asyncio.run(checks.nodes(targets, shown))]
 
 
-def _cluster(kubeconfig: Path | None, context: str | None) -> list[Finding]:
+def _cluster(remote: Remote) -> list[Finding]:
     from bpfrl.master import checks  # noqa: PLC0415 - likewise
 
-    return asyncio.run(checks.cluster(kubeconfig, context))
+    return asyncio.run(checks.cluster(remote.kubeconfig, remote.context))
 
 
 def _document(finding: Finding) -> dict[str, Any]:

@@ -6,9 +6,10 @@ import asyncio
 import os
 import socket
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import click
 
@@ -16,16 +17,18 @@ from bpfrl import cgroup, render, sections
 from bpfrl.bpf import generator
 from bpfrl.bpf.limiter import Broken, Status
 from bpfrl.commands.options import (
-    DEFAULT_PORT,
     FAILURE,
     FOLDER,
     NODE,
     UID,
     LocalNode,
-    patience,
-    reader_certificates,
+    NodeAddress,
+    Remote,
+    reading_options_fit,
+    remote_options,
     show,
 )
+from bpfrl.commands.progress import patience
 from bpfrl.errors import (
     ApiError,
     CertificateError,
@@ -55,28 +58,20 @@ class _Asked:
     """What was typed.
 
     Attributes:
-        uid: the pod's; None: it has a name, or there is none.
+        uid: the pod's; None: it has a name.
         namespace: of the name.
         name: the pod's.
-        node: whom to ask, with a port or without; None: the pod's own node.
-        node_port: the port of those that have none.
-        certs: what to show a node.
-        insecure: to show it nothing.
+        node: whom to ask; None: the pod's own node.
         manifests: the folder that takes the place of an API server.
-        kubeconfig: where the API server is told.
-        context: which of its contexts.
+        remote: how to reach them.
     """
 
     uid: str | None
     namespace: str
     name: str | None
-    node: tuple[str, int | None] | None
-    node_port: int
-    certs: Path | None
-    insecure: bool
+    node: NodeAddress | None
     manifests: Path | None
-    kubeconfig: Path | None
-    context: str | None
+    remote: Remote
 
     def is_it(self, request: Request) -> bool:
         """True for the pod that was named."""
@@ -86,28 +81,11 @@ class _Asked:
 
 @click.command()
 @click.argument("pod", required=False)
-@click.option("-n", "--namespace", metavar="NAMESPACE", help="The namespace of POD. [default: default]")
+@click.option("-n", "--namespace", metavar="NAMESPACE", help="The namespace of POD. [default: the kubeconfig's]")
 @click.option("--pod-uid", "uid", type=UID, help="The pod with this UID.")
 @click.option("--cgroup", "path", type=FOLDER, help="This cgroup of this machine, of a pod or of anything else.")
-@click.option("--node", type=NODE, metavar="ADDRESS[:PORT]", help="Ask this node. [default: the pod's own]")
-@click.option(
-    "--node-port",
-    type=click.IntRange(1, 2**16 - 1),
-    default=DEFAULT_PORT,
-    show_default=True,
-    help="Where the nodes' daemons listen.",
-)
-@click.option(
-    "--certs",
-    type=FOLDER,
-    envvar="BPFRL_CERTS",
-    metavar="DIR",
-    help="What to show a node that is not this machine. [env: BPFRL_CERTS]",
-)
-@click.option("--insecure", is_flag=True, help="Ask without TLS, which is for loopback only.")
+@click.option("--node", "address", type=NODE, metavar="ADDRESS[:PORT]", help="Ask this node. [default: the pod's own]")
 @click.option("--manifests", type=FOLDER, metavar="DIR", help="Take what it asks for from this folder of manifests.")
-@click.option("--kubeconfig", type=FOLDER, metavar="FILE", help="Take it from this cluster's API server.")
-@click.option("--context", help="Which of the kubeconfig's contexts. [default: its current one]")
 @click.option(
     "-o",
     "--output",
@@ -116,16 +94,18 @@ class _Asked:
     show_default=True,
     help="The form of the output.",
 )
-@click.pass_context
+@remote_options
+@click.pass_obj
 def explain(
-    context_: click.Context,
-    /,
+    node: LocalNode,
     pod: str | None,
     namespace: str | None,
     uid: str | None,
     path: Path | None,
     output: str,
-    **others: Any,
+    address: NodeAddress | None,
+    manifests: Path | None,
+    remote: Remote,
 ) -> None:
     """Say why a pod is limited, or why it is not.
 
@@ -146,22 +126,21 @@ def explain(
       1  it is not, or that cannot be told
       2  the options cannot be meant
     """
-    asked = _Asked(uid=uid, namespace=namespace or _DEFAULT_NAMESPACE, name=pod, **others)
     if sum((pod is not None, uid is not None, path is not None)) != 1:
         raise click.UsageError("which pod? use one of POD, --pod-uid UID and --cgroup PATH")
     if namespace and pod is None:
         raise click.UsageError("--namespace goes with POD")
-    if path and asked.node:
-        raise click.UsageError("--cgroup is one of this machine: leave out --node")
-    if asked.manifests and (asked.kubeconfig or asked.context):
+    if path and (address or manifests or remote.typed):
+        raise click.UsageError("--cgroup is one of this machine, and nobody else is asked about it")
+    if manifests and (remote.kubeconfig or remote.context):
         raise click.UsageError("--manifests takes the place of an API server: leave out --kubeconfig and --context")
-    if asked.certs and asked.insecure:
-        raise click.UsageError("use one of --certs DIR and, on loopback only, --insecure")
-    if asked.node and not (asked.certs or asked.insecure):
-        raise click.UsageError("--node needs --certs DIR or, on loopback only, --insecure")
-    node: LocalNode = context_.obj
+    reading_options_fit(remote, [address] if address else [])
     with patience("asking..."):
-        found = _of_cgroup(node, path) if path else asyncio.run(_explained(node, asked))
+        if path:
+            found = _of_cgroup(node, path)
+        else:
+            scope = namespace or (_usual_namespace(manifests, remote) if pod else _DEFAULT_NAMESPACE)
+            found = asyncio.run(_explained(node, _Asked(uid, scope, pod, address, manifests, remote)))
         build = _build()
     mark, text = verdict(found)
     if output == "text":
@@ -170,6 +149,16 @@ def explain(
     else:
         click.echo(render.dump(sections.document(found, build), output))
     sys.exit(FAILURE if mark is Mark.MISSING else 0)
+
+
+def _usual_namespace(manifests: Path | None, remote: Remote) -> str:
+    """The namespace of a pod that is named without one."""
+    from bpfrl.master import api  # noqa: PLC0415 - half a second, which --cgroup does not need
+
+    if not manifests:
+        with suppress(ClusterError):
+            return api.namespace_of(remote.kubeconfig, remote.context)
+    return _DEFAULT_NAMESPACE
 
 
 def _of_cgroup(node: LocalNode, path: Path) -> Explanation:
@@ -188,7 +177,7 @@ async def _explained(node: LocalNode, asked: _Asked) -> Explanation:
     address = request.address if request else ""
     source: _Source = _ThisMachine(node)
     if asked.node or (address and not _is_own(address)):
-        source = _Daemon(asked, *(asked.node or (address, None)))
+        source = _Daemon(asked.node or NodeAddress(address, address, None), asked.remote)
     try:
         pod = request.pod if request else PodRef(asked.uid) if asked.uid else await _by_limiter(source, asked)
         found = Explanation(pod, source.name, request=request, no_request=no_request, unheard_of=unheard_of)
@@ -224,7 +213,7 @@ async def _ask_cluster(asked: _Asked) -> tuple[Request | None, str]:
     try:
         if asked.manifests:
             return inquiry.in_manifests(asked.manifests, asked.is_it), ""
-        client = await api.connect(asked.kubeconfig, asked.context)
+        client = await api.connect(asked.remote.kubeconfig, asked.remote.context)
         try:
             server = api.Api(client)
             if asked.uid:
@@ -280,11 +269,10 @@ class _ThisMachine:
 class _Daemon:
     """A node's daemon, over the network; it is connected to when it is asked."""
 
-    def __init__(self, asked: _Asked, address: str, port: int | None) -> None:
-        self._asked = asked
-        self._address = address
-        self._port = port or asked.node_port
-        self.name = f"[{address}]:{self._port}" if ":" in address else f"{address}:{self._port}"
+    def __init__(self, place: NodeAddress, remote: Remote) -> None:
+        self._host, self._port = place.host, place.port or remote.node_port
+        self._remote = remote
+        self.name = f"[{self._host}]:{self._port}" if ":" in self._host else f"{self._host}:{self._port}"
         self._client: NodeClient | None = None
 
     async def limiters(self) -> list[Status | Broken]:
@@ -302,10 +290,9 @@ class _Daemon:
             os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what matters of it comes as an error
             from bpfrl.rpc.client import NodeClient  # noqa: PLC0415 - half a second that local pods do not need
 
-            if not (self._asked.certs or self._asked.insecure):
+            if not (self._remote.certs or self._remote.insecure):
                 raise CertificateError(f"node {self.name} is another machine: --certs DIR asks its daemon")
-            certificates = reader_certificates(self._asked.certs) if self._asked.certs else None
-            self._client = NodeClient(self._address, self._port, certificates)
+            self._client = NodeClient(self._host, self._port, self._remote.certificates())
         return self._client
 
 

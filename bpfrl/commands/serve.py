@@ -11,7 +11,15 @@ from typing import Any
 
 import click
 
-from bpfrl.commands.options import DEFAULT_PORT, ENDPOINT, FOLDER, LocalNode, certificates, daemon_options
+from bpfrl.commands.options import (
+    DEFAULT_PORT,
+    ENDPOINT,
+    FOLDER,
+    LocalNode,
+    certificates,
+    daemon_options,
+    node_port_option,
+)
 
 
 def _serve(daemon: Coroutine[Any, Any, None], context: click.Context) -> None:
@@ -68,13 +76,7 @@ def serve_node(context: click.Context, listen: str, cooperate: bool, certs: Path
 @click.option("--manifests", type=FOLDER, metavar="DIR", help="Take the pods from this folder of manifests.")
 @click.option("--kubeconfig", type=FOLDER, metavar="FILE", help="Take them from this cluster's API server.")
 @click.option("--context", help="Which of the kubeconfig's contexts. [default: its current one]")
-@click.option(
-    "--node-port",
-    type=click.IntRange(1, 2**16 - 1),
-    default=DEFAULT_PORT,
-    show_default=True,
-    help="Where the nodes' daemons listen.",
-)
+@node_port_option
 @click.option(
     "--resync",
     type=click.IntRange(1),

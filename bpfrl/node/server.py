@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -52,6 +52,14 @@ _LARGEST_PROGRAM_BYTES: Final = 2**20
 _TRANSFER_SECONDS: Final = 20.0
 # The master asks again; calls that wait for nothing do not pile up here.
 _LONGEST_WAIT_SECONDS: Final = 300.0
+# Which roles may make which call, by the word that refusals and the log have for it.
+_MAY: Final[Mapping[str, tuple[str, ...]]] = {
+    "attach": (tls.MASTER,),
+    "update": (tls.MASTER,),
+    "detach": (tls.MASTER,),
+    "list": (tls.MASTER, tls.OPERATOR),
+    "explain": (tls.MASTER, tls.OPERATOR),
+}
 _STAGES: Final = {Stage.LOADED: node_pb2.STAGE_LOADED, Stage.PINNED: node_pb2.STAGE_PINNED}
 
 
@@ -62,12 +70,12 @@ class _Call:
 
 
 class NodeService(NodeServicer):
-    """What a master may ask of this node.
+    """What a master, or an operator, may ask of this node.
 
     Args:
         agent: what does it.
         tree: where the pods' cgroups are.
-        roles: whether the caller's certificate must have the master's role; False only without TLS.
+        roles: whether the caller's certificate must have a role that may make the call; False only without TLS.
         cooperate: whether this node's senders keep to what limited receivers ask for.
     """
 
@@ -225,9 +233,8 @@ class NodeService(NodeServicer):
         """Admit the caller, and turn what goes wrong into a status, a line in the log and a memory of it."""
         call = _Call()
         try:
-            if self._roles and tls.MASTER not in tls.peer_roles(context.auth_context()):
-                roles = ", ".join(tls.peer_roles(context.auth_context())) or "nothing"
-                raise RoleError(f"the certificate is for {roles}: it must have the DNS name {tls.MASTER}")
+            if self._roles:
+                _admit(tls.peer_roles(context.auth_context()), what)
             yield call
             self._refusals.forget(call.uid)
         except BpfrlError as error:
@@ -241,6 +248,12 @@ class NodeService(NodeServicer):
         except OSError as error:
             log.exception("failed to %s for %s", what, context.peer())
             await context.abort(grpc.StatusCode.INTERNAL, f"the node cannot {what}: {error.strerror or error}")
+
+
+def _admit(roles: list[str], what: str) -> None:
+    if not set(roles) & set(_MAY[what]):
+        shown, wanted = ", ".join(roles) or "nothing", " or ".join(_MAY[what])
+        raise RoleError(f"the certificate is for {shown}: it must have the DNS name {wanted}")
 
 
 def _limiting(limits: Limits) -> Limits:

@@ -17,7 +17,7 @@ from bpfrl.findings import Finding, Mark
 from bpfrl.rpc import tls
 from bpfrl.rpc.client import NodeClient
 
-_ROLES: Final = (tls.NODE, tls.MASTER)
+_ROLES: Final = (tls.NODE, tls.MASTER, tls.OPERATOR)
 _EXPIRES_SOON: Final = timedelta(days=30)
 _RENEW: Final = "bpfrl certs init DIR makes it anew, in the folder of its authority"
 _CONNECT_SECONDS: Final = 3.0

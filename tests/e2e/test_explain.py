@@ -35,7 +35,7 @@ def master(bed: Fleet, api: Api) -> Iterator[Daemon]:
     assert daemon.stop() == 0
 
 
-def command(cluster: Cluster, *arguments: str, certificates: str = "master") -> subprocess.CompletedProcess[str]:
+def command(cluster: Cluster, *arguments: str, certificates: str = "operator") -> subprocess.CompletedProcess[str]:
     """Run the command where the masters are: none of the nodes is that machine."""
     options = ["--kubeconfig", str(cluster.api.kubeconfig), "--certs", str(cluster.fleet.certificates / certificates)]
     line = in_namespace(cluster.fleet.tag, BPFRL, *arguments, *options)

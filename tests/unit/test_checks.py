@@ -44,7 +44,7 @@ def pki(made: Path, tmp_path: Path) -> Path:
 # Certificates.
 
 
-@pytest.mark.parametrize(("name", "role"), [("node", tls.NODE), ("master", tls.MASTER)])
+@pytest.mark.parametrize(("name", "role"), [("node", tls.NODE), ("master", tls.MASTER), ("operator", tls.OPERATOR)])
 def test_a_certificate_is_told_with_its_role_and_its_days(made: Path, name: str, role: str) -> None:
     found = checks.certificate(made / name)
     assert found.mark is OK

@@ -17,7 +17,6 @@ from bpfrl.bpf import generator, libbpf, probe
 from bpfrl.bpf.probe import Feature
 from bpfrl.cgroup import CgroupTree
 from bpfrl.cli import cli
-from bpfrl.commands import doctor as command
 from bpfrl.errors import (
     CertificateError,
     CgroupNotFoundError,
@@ -30,6 +29,7 @@ from bpfrl.findings import Finding, Mark
 from bpfrl.mounts import Mount
 from bpfrl.node import doctor
 from bpfrl.node.agent import Agent
+from bpfrl.rpc import tls
 from tests.unit.conftest import make
 from tests.unit.fakes import UID
 
@@ -261,7 +261,8 @@ def test_a_row_says_how_it_is_what_was_found_and_what_to_do(findings: list[Findi
 
 USAGE_ERRORS: dict[str, tuple[tuple[str, ...], str]] = {
     "trust in everybody and somebody": (("--certs", "x", "--insecure"), "use one of --certs DIR and"),
-    "a node without trust": (("--node", "192.0.2.1"), "--node needs --certs DIR or, on loopback only, --insecure"),
+    "a node without trust": (("--node", "192.0.2.1"), "--node needs --certs DIR (bpfrl certs init makes one"),
+    "no TLS beyond loopback": (("--node", "h", "--insecure"), "--insecure is for loopback only: h needs --certs DIR"),
     "trust in nobody": (("--insecure",), "--insecure goes with --node"),
     "no node": (("--node", "h:x", "--insecure"), "'h:x' is no node's address"),
     "no such form": (("-o", "text"), "'text' is not one of 'table', 'json', 'yaml'"),
@@ -304,7 +305,7 @@ def test_what_is_named_is_looked_at_too(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.usefixtures("findings")
 def test_certificates_that_cannot_be_used_ask_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(command, "reader_certificates", raising(CertificateError("for node.bpfrl")))
+    monkeypatch.setattr(tls, "Certificates", raising(CertificateError("for node.bpfrl")))
     result = run("--certs", tmp_path, "--node", "127.0.0.1")
     assert result.exit_code == 1
     lines = result.stdout.splitlines()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from bpfrl.limits import PodRef
 from bpfrl.master import api, inquiry
 from bpfrl.node import explain as local
 from bpfrl.node.agent import Agent
+from bpfrl.rpc import tls
 from bpfrl.rpc.client import NodeClient
 from tests.unit.fakes import BUILD, UID
 from tests.unit.test_explanation import ASKING, BARE, HELD, NOTHING, UNPLACED, WHOLE
@@ -98,6 +99,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setattr(local, "examine", lambda _agent, _tree, uid: played.say(played.here, "here", uid))
     monkeypatch.setattr(command.LocalNode, "tree", lambda _: None)
     monkeypatch.setattr(generator, "build", lambda: BUILD)
+    monkeypatch.setattr(api, "namespace_of", lambda *_: "default")
     for name in ("BPFRL_CERTS", "KUBECONFIG"):
         monkeypatch.delenv(name, raising=False)
     return played
@@ -131,10 +133,22 @@ USAGE_ERRORS: dict[str, tuple[tuple[str, ...], str]] = {
     "a uid and a cgroup": (("--pod-uid", UID, "--cgroup", "/x"), WHICH),
     "a namespace alone": (("-n", "shop"), WHICH),
     "a namespace with a uid": (("-n", "shop", "--pod-uid", UID), "--namespace goes with POD"),
-    "a cgroup elsewhere": (("--cgroup", "/x", "--node", "h", "--insecure"), "--cgroup is one of this machine"),
+    **{
+        f"a cgroup and {option[0]}": (("--cgroup", "/x", *option), "--cgroup is one of this machine, and nobody else")
+        for option in (
+            ("--node", "127.0.0.1", "--insecure"),
+            ("--manifests", "x"),
+            ("--kubeconfig", "x"),
+            ("--certs", "x"),
+        )
+    },
     "no cgroup": (("--cgroup", "/nonexistent"), "'/nonexistent' is no cgroup"),
     "trust in everybody and somebody": (("web", "--certs", "x", "--insecure"), "use one of --certs DIR and"),
-    "a node without trust": (("web", "--node", "192.0.2.1"), "--node needs --certs DIR or, on loopback only,"),
+    "a node without trust": (("web", "--node", "192.0.2.1"), "--node needs --certs DIR (bpfrl certs init makes one"),
+    "no TLS beyond loopback": (
+        ("web", "--node", "h", "--insecure"),
+        "--insecure is for loopback only: h needs",
+    ),
     "a cluster and manifests": (("web", "--manifests", "x", "--kubeconfig", "y"), "--manifests takes the place of an"),
     "two pods": (("web", "cart"), "unexpected extra argument"),
     "no uid": (("--pod-uid", "web"), "'web' is no pod UID"),
@@ -155,21 +169,6 @@ def test_what_cannot_be_meant_is_one_line(world: World, arguments: Sequence[str]
     assert world.asked == []
 
 
-ADDRESSES = {
-    "192.0.2.1": ("192.0.2.1", None),
-    "192.0.2.1:99": ("192.0.2.1", 99),
-    "node-1.example": ("node-1.example", None),
-    "[fd00::1]:99": ("fd00::1", 99),
-    "[fd00::1]": ("fd00::1", None),
-    "fd00::1": ("fd00::1", None),
-}
-
-
-@pytest.mark.parametrize(("text", "address"), ADDRESSES.items(), ids=ADDRESSES)
-def test_a_node_is_named_with_its_port_or_without(text: str, address: tuple[str, int | None]) -> None:
-    assert command.NODE.convert(text, None, None) == address
-
-
 # Whom it asks.
 
 
@@ -182,23 +181,29 @@ def test_a_pod_of_this_machine_needs_no_daemon(world: World) -> None:
     assert world.asked == [("connect", Path("/k"), "c"), ("name", "shop", "cart"), ("closed",), ("here", UID)]
 
 
-def test_a_namespace_has_a_default(world: World) -> None:
+@pytest.mark.parametrize("named", ["", "shop"])
+def test_the_namespace_is_the_kubeconfigs_where_there_is_one(
+    world: World, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    def namespace_of(kubeconfig: Path | None, context: str | None) -> str:
+        assert (kubeconfig, context) == (None, "c")
+        if not named:
+            raise ClusterError("no kubeconfig")
+        return named
+
+    monkeypatch.setattr(api, "namespace_of", namespace_of)
     world.request = UNPLACED
-    run("cart")
-    assert ("name", "default", "cart") in world.asked
+    run("cart", "--context", "c")
+    assert ("name", named or "default", "cart") in world.asked
 
 
 def test_a_pod_elsewhere_is_asked_for_at_its_node(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.request = ASKING
-    shown: list[Path] = []
-
-    def certificates(folder: Path) -> None:
-        shown.append(folder)
-
-    monkeypatch.setattr(command, "reader_certificates", certificates)
+    shown: list[tuple[Path, str]] = []
+    monkeypatch.setattr(tls, "Certificates", lambda folder, role: shown.append((folder, role)))
     result = run("--pod-uid", UID, "--certs", "/c", "--node-port", "99")
     assert verdict(result) == "limited as asked: egress 10mbit"
-    assert (shown, world.asked[-1]) == ([Path("/c")], ("node", "192.0.2.1:99", UID))
+    assert (shown, world.asked[-1]) == ([(Path("/c"), tls.OPERATOR)], ("node", "192.0.2.1:99", UID))
 
 
 def test_a_pod_elsewhere_that_nobody_may_be_asked_for_says_how(world: World) -> None:
@@ -343,41 +348,3 @@ def test_a_cgroup_is_asked_for_here(world: World, monkeypatch: pytest.MonkeyPatc
 )
 def test_an_address_is_this_machines_if_it_can_be_bound(address: str, own: bool) -> None:
     assert command._is_own(address) is own
-
-
-def test_what_takes_long_says_so_at_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bpfrl.commands import options  # noqa: PLC0415 - what is changed in it
-
-    begun: list[str] = []
-
-    class Status:
-        def start(self) -> None:
-            begun.append("started")
-
-        def stop(self) -> None:
-            begun.append("stopped")
-
-        def update(self, text: str) -> None:
-            begun.append(text)
-
-    class Clock:
-        def __init__(self, seconds: float, action: Callable[[], None]) -> None:
-            assert seconds == 2
-            self.action = action
-
-        def start(self) -> None:
-            self.action()
-
-        def cancel(self) -> None:
-            begun.append("cancelled")
-
-    monkeypatch.setattr(options.Console, "status", lambda *_: Status())
-    monkeypatch.setattr(options, "Timer", Clock)
-    with options.patience("x") as update:
-        update("y")
-    assert begun == ["y", "cancelled", "stopped"]
-    begun.clear()
-    monkeypatch.setattr(options.sys.stderr, "isatty", lambda: True)
-    with options.patience("x"):
-        pass
-    assert begun == ["started", "cancelled", "stopped"]
