@@ -167,7 +167,7 @@ class Agent:
         with self._lock(fcntl.LOCK_SH):
             return self._look(uid) if uid in self._uids() else None
 
-    def count_sockets(self, uid: str, path: Path) -> sockets.Visited:
+    def count_sockets(self, uid: str, path: Path) -> sockets.Counted:
         """How many TCP sockets a pod's limiter has, in the network namespaces of its cgroup's processes.
 
         Raises:

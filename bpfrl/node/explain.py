@@ -91,8 +91,7 @@ def _at(agent: Agent, path: Path, limiter: Status | Broken | None, refusal: Refu
     sockets, no_sockets = None, ""
     if isinstance(limiter, Status):
         try:
-            visited = agent.count_sockets(limiter.pod.uid, path)
-            sockets = Sockets(visited.done, visited.paced)
+            sockets = Sockets(*agent.count_sockets(limiter.pod.uid, path))
         except (BpfrlError, OSError) as error:
             no_sockets = str(error)
     return Report(

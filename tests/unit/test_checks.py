@@ -21,9 +21,10 @@ from bpfrl.explanation import Report
 from bpfrl.findings import Finding, Mark
 from bpfrl.master import api
 from bpfrl.master import checks as cluster_checks
-from bpfrl.rpc import authority, checks, messages, node_pb2, tls
+from bpfrl.rpc import authority, checks, tls
 from tests.unit import test_client
 from tests.unit.fakes import api_server, run
+from tests.unit.test_client import Node
 
 OK, WARNING, MISSING = Mark.OK, Mark.WARNING, Mark.MISSING
 
@@ -53,9 +54,9 @@ def test_a_certificate_is_told_with_its_role_and_its_days(made: Path, name: str,
 
 
 @pytest.mark.parametrize(
-    ("days", "mark", "text"), [(29, WARNING, "for 28 days more"), (-1, MISSING, "expired: it was")]
+    ("days", "mark", "text"), [(29.0, WARNING, "for 28 days more"), (-1e-4, MISSING, "expired: it was")]
 )
-def test_a_certificate_that_expires_is_pointed_at(pki: Path, days: int, mark: Mark, text: str) -> None:
+def test_a_certificate_that_expires_is_pointed_at(pki: Path, days: float, mark: Mark, text: str) -> None:
     own, key = authority._load_authority(pki)
     usage = ExtendedKeyUsageOID.CLIENT_AUTH
     authority._make_certificate(pki / "master", own, key, tls.MASTER, usage, timedelta(days=days))
@@ -106,21 +107,7 @@ def test_certificates_that_cannot_be_used_are_missing(pki: Path, damage: Callabl
 # Nodes.
 
 
-class Node(test_client.Node):
-    """A node that explains, as some version."""
-
-    version = __version__
-
-    async def Explain(  # noqa: N802
-        self, request: node_pb2.ExplainRequest, context: test_client.Context
-    ) -> node_pb2.ExplainReply:
-        await self._answer(request, context)
-        return messages.from_report(Report(self.version, no_cgroup="no such pod"))
-
-
-def ask(
-    node: test_client.Node, certificates: tls.Certificates | None = None, client: tls.Certificates | None = None
-) -> Finding:
+def ask(node: Node, certificates: tls.Certificates | None = None, client: tls.Certificates | None = None) -> Finding:
     async def work() -> Finding:
         async with test_client.serving(node, certificates) as port:
             [found] = await checks.nodes([("127.0.0.1", port)], client)
@@ -137,14 +124,16 @@ def test_a_node_that_answers_is_told_with_its_version() -> None:
 
 def test_a_node_of_another_version_is_pointed_at() -> None:
     node = Node()
-    node.version = "9.9"
+    node.report = Report("9.9")
     found = ask(node)
     assert (found.mark, found.found) == (WARNING, ("answers, with bpfrl 9.9",))
     assert found.advice == f"this bpfrl is {__version__}: upgrade the older one"
 
 
 def test_a_node_that_is_too_old_to_explain_is_pointed_at() -> None:
-    found = ask(test_client.Node())
+    node = Node()
+    node.refusal = (grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+    found = ask(node)
     assert (found.mark, found.found) == (WARNING, ("answers, and is older than this bpfrl",))
 
 
@@ -158,7 +147,7 @@ def test_a_node_of_another_authority_is_missing(made: Path) -> None:
     shown = tls.Certificates(made / "node", tls.NODE)
     assert ask(Node(), shown, tls.Certificates(made / "master", tls.MASTER)).mark is OK
     found = ask(Node(), shown, tls.Certificates(made / "foreign" / "master", tls.MASTER))
-    assert (found.mark, found.found[0][:35]) == (MISSING, "a TCP connection, and no answer: ha")
+    assert (found.mark, found.found[0][:33]) == (MISSING, "a TCP connection, and no answer: ")
 
 
 def test_a_node_that_is_not_there_is_missing_beside_one_that_is() -> None:

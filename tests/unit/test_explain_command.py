@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from bpfrl import cgroup
 from bpfrl.bpf import generator
 from bpfrl.bpf.limiter import Broken, Status
 from bpfrl.cli import cli
 from bpfrl.commands import explain as command
+from bpfrl.commands.options import LocalNode
 from bpfrl.errors import (
     ApiError,
     CertificateError,
@@ -97,7 +99,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setattr(NodeClient, "list", list_)
     monkeypatch.setattr(Agent, "limiters", lambda _: played.say(played.limiters, "limiters"))
     monkeypatch.setattr(local, "examine", lambda _agent, _tree, uid: played.say(played.here, "here", uid))
-    monkeypatch.setattr(command.LocalNode, "tree", lambda _: None)
+    monkeypatch.setattr(LocalNode, "tree", lambda _: None)
     monkeypatch.setattr(generator, "build", lambda: BUILD)
     monkeypatch.setattr(api, "namespace_of", lambda *_: "default")
     for name in ("BPFRL_CERTS", "KUBECONFIG"):
@@ -336,7 +338,7 @@ def test_a_cgroup_is_asked_for_here(world: World, monkeypatch: pytest.MonkeyPatc
         assert path == tmp_path
         return PodRef("cgroup-7"), BARE
 
-    monkeypatch.setattr(command.cgroup, "check", lambda path: path)
+    monkeypatch.setattr(cgroup, "check", lambda path: path)
     monkeypatch.setattr(local, "examine_cgroup", examine)
     result = run("--cgroup", tmp_path)
     assert verdict(result) == "not limited: nobody has attached a limiter to this cgroup"

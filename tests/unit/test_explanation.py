@@ -156,7 +156,7 @@ VERDICTS: dict[str, tuple[Explanation, Mark, str]] = {
         ),
     ),
     "asks for nothing, and is nowhere": (
-        explain(replace(NOTHING, node=""), None, no_report="it is on no node yet"),
+        explain(replace(NOTHING, node="", address=""), None, no_report="it is on no node yet"),
         OK,
         "not limited: the pod asks for nothing",
     ),

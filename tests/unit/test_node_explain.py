@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import cast
 
 import pytest
 
-from bpfrl import __version__
+from bpfrl import __version__, cgroup
 from bpfrl.cgroup import CgroupTree
 from bpfrl.errors import KernelError
 from bpfrl.explanation import Report
@@ -19,7 +20,7 @@ from tests.unit.test_explanation import WHOLE
 
 
 def test_the_last_refusal_is_remembered_until_the_pod_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(explain.time, "time", lambda: 7.0)
+    monkeypatch.setattr(time, "time", lambda: 7.0)
     refusals = Refusals()
     assert refusals.of(UID) is None
     refusals.remember(UID, "attach", KernelError("first"))
@@ -67,6 +68,6 @@ def test_a_pod_that_is_not_here_is_a_report_like_any_other(tmp_path: Path) -> No
 
 def test_a_pod_that_ends_while_it_is_looked_at_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gone = tmp_path / "gone"
-    monkeypatch.setattr(explain.cgroup, "mount_point", lambda: tmp_path)
+    monkeypatch.setattr(cgroup, "mount_point", lambda: tmp_path)
     found = explain._at(cast(Agent, Played()), gone, None, None)
     assert found == Report(__version__, no_cgroup="its cgroup went away while it was looked at")

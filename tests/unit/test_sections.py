@@ -60,8 +60,9 @@ def test_a_pod_is_named_with_what_matters_of_it() -> None:
     expected = f"shop/cart, uid {UID}, node node-1 (192.0.2.1), Running, on the host's network"
     assert (found.mark, found.found) == (OK, (expected,))
     static = replace(ASKING, pod=PodRef(HASH, "shop", "cart"))
-    assert f"uid {UID}, " in text(explain(static, HERE), "pod")
-    assert f"static, with {HASH} in its cgroup's name" in text(explain(static, HERE), "pod")
+    told = text(replace(explain(static, HERE), pod=static.pod), "pod")
+    assert f"uid {UID}, " in told
+    assert f"static, with {HASH} in its cgroup's name" in told
     nowhere = row(explain(UNPLACED, None), "pod")
     assert (nowhere.mark, "on no node yet, Pending" in nowhere.found[0]) == (WARNING, True)
 
@@ -187,9 +188,9 @@ def test_sockets_are_counted_or_it_is_said_why_not() -> None:
 
 
 def test_errors_are_the_warnings_among_the_events_and_the_nodes_own() -> None:
-    events = (Event("2026-01-01T00:00:00Z", "Normal", "BandwidthLimited", "egress 10mbit"),)
+    events: tuple[Event, ...] = (Event("2026-01-01T00:00:00Z", "Normal", "BandwidthLimited", "egress 10mbit"),)
     assert row(explain(replace(ASKING, events=events), HERE), "errors") == Finding("errors", OK, ("none",))
-    events += (Event("2026-01-02T00:00:00Z", "Warning", "BandwidthLimitFailed", "no room"),)
+    events = (*events, Event("2026-01-02T00:00:00Z", "Warning", "BandwidthLimitFailed", "no room"))
     report = replace(HERE, refusal=Refusal(0.0, "attach", "cross"))
     assert row(explain(replace(ASKING, events=events), report), "errors") == Finding(
         "errors",

@@ -17,7 +17,7 @@ import pytest
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from bpfrl.cgroup import CgroupTree
-from bpfrl.errors import CompilerError, KernelError
+from bpfrl.errors import CgroupNotFoundError, CompilerError, KernelError
 from bpfrl.limits import Change, Limits
 from bpfrl.node import daemon, server
 from bpfrl.node.agent import Agent
@@ -60,6 +60,12 @@ class Played:
         self._did(("stop", cgroup_id))
         self.cooperating_now.remove(cgroup_id)
         return True
+
+    def limiter(self, uid: str) -> None:
+        self._did(("limiter", uid))
+
+    def find(self, uid: str) -> Path:
+        raise CgroupNotFoundError(f"no cgroup for pod {uid}: played")
 
     def limiters(self) -> list[object]:
         self._did("limiters")
@@ -190,15 +196,16 @@ def test_tending_waits_for_what_the_agent_is_doing(played: Played, makes: Makes)
 ROLES = {"master": ["master.bpfrl"], "operator": ["operator.bpfrl"], "other": ["other.example"], "node": ["node.bpfrl"]}
 # To the master's empty Attach, the answer is that it is empty.
 MAY = {
-    "master": {"Attach": "DATA_LOSS", "Update": "OK", "Detach": "OK", "List": "OK"},
-    "operator": {"Attach": "", "Update": "", "Detach": "", "List": "OK"},
-    "other": {"Attach": "", "Update": "", "Detach": "", "List": ""},
-    "node": {"Attach": "", "Update": "", "Detach": "", "List": ""},
+    "master": {"Attach": "DATA_LOSS", "Update": "OK", "Detach": "OK", "List": "OK", "Explain": "OK"},
+    "operator": {"Attach": "", "Update": "", "Detach": "", "List": "OK", "Explain": "OK"},
+    "other": {"Attach": "", "Update": "", "Detach": "", "List": "", "Explain": ""},
+    "node": {"Attach": "", "Update": "", "Detach": "", "List": "", "Explain": ""},
 }
 REQUESTS: dict[str, Any] = {
     "Update": node_pb2.UpdateRequest(uid=UID, limits=node_pb2.Limits(egress_bits_per_second=10**6)),
     "Detach": node_pb2.DetachRequest(uid=UID),
     "List": node_pb2.ListRequest(),
+    "Explain": node_pb2.ExplainRequest(uid=UID),
 }
 
 
@@ -258,10 +265,13 @@ def test_a_call_is_for_those_roles_that_may_make_it(played: Played, pki: Path, n
         code, reason = ended[method]
         assert code == (expected or "PERMISSION_DENIED"), (method, reason)
         if not expected:
-            wanted = "master.bpfrl or operator.bpfrl" if method == "List" else "master.bpfrl"
+            wanted = "master.bpfrl or operator.bpfrl" if method in ("List", "Explain") else "master.bpfrl"
             assert reason == f"the certificate is for {ROLES[name][0]}: it must have the DNS name {wanted}"
     done = {call if isinstance(call, str) else cast(tuple[str], call)[0] for call in played.calls}
-    assert done == {"master": {"update", "detach", "limiters"}, "operator": {"limiters"}}.get(name, set())
+    assert done == {
+        "master": {"update", "detach", "limiters", "limiter"},
+        "operator": {"limiters", "limiter"},
+    }.get(name, set())
 
 
 def test_every_call_of_the_service_says_who_may_make_it() -> None:
