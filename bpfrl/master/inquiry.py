@@ -57,7 +57,12 @@ class _Source(msgspec.Struct):
     component: str = ""
 
 
+class _EventMetadata(msgspec.Struct, rename="camel"):
+    resource_version: str = ""
+
+
 class _Event(msgspec.Struct, rename="camel"):
+    metadata: _EventMetadata = msgspec.field(default_factory=_EventMetadata)
     last_timestamp: str | None = None
     type: str = ""
     reason: str = ""
@@ -180,8 +185,14 @@ async def _events(api: Api, pod: Pod) -> tuple[tuple[Event, ...], str]:
     except ApiError as error:
         return (), str(error)
     told = [event for event in found if event.source.component == COMPONENT]
-    told.sort(key=lambda event: event.last_timestamp or "")
+    told.sort(key=_when)
     return tuple(Event(each.last_timestamp or "", each.type, each.reason, each.message) for each in told), ""
+
+
+def _when(event: _Event) -> tuple[str, int]:
+    """Times are whole seconds; within one, the API server's versions say what came later."""
+    version = event.metadata.resource_version
+    return event.last_timestamp or "", int(version) if version.isdecimal() else 0
 
 
 def _decoded(text: bytes, kind: type[Decoded]) -> Decoded:

@@ -32,9 +32,15 @@ def pod(uid: str = UID, **annotations: str) -> dict[str, Any]:
     }
 
 
-def event(reason: str, at: str | None, component: str = "bpfrl") -> dict[str, Any]:
-    source = {"component": component}
-    return {"reason": reason, "type": "Warning", "message": "why", "lastTimestamp": at, "source": source}
+def event(reason: str, at: str | None, component: str = "bpfrl", version: str = "") -> dict[str, Any]:
+    return {
+        "metadata": {"resourceVersion": version},
+        "reason": reason,
+        "type": "Warning",
+        "message": "why",
+        "lastTimestamp": at,
+        "source": {"component": component},
+    }
 
 
 class Server:
@@ -149,14 +155,15 @@ def test_a_uid_in_any_other_annotation_is_no_pods() -> None:
 def test_only_what_bpfrl_has_told_counts_and_the_latest_is_last() -> None:
     server = Server(pod())
     server.events = [
-        event("Second", "2026-01-02T00:00:00Z"),
+        event("Third", "2026-01-02T00:00:00Z", version="100"),
+        event("Second", "2026-01-02T00:00:00Z", version="99"),
         event("Scheduled", "2026-01-03T00:00:00Z", "scheduler"),
         event("First", "2026-01-01T00:00:00Z"),
         event("Undated", None),
     ]
     found = server.ask(by_name())
     assert found
-    assert [each.reason for each in found.events] == ["Undated", "First", "Second"]
+    assert [each.reason for each in found.events] == ["Undated", "First", "Second", "Third"]
 
 
 def test_events_that_may_not_be_read_keep_nothing_else_from_being_told() -> None:
