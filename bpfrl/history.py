@@ -47,15 +47,15 @@ class History:
         return followed
 
     def _followed(self, row: Row, seen: _Seen | None) -> Row:
-        key = _key(row)
-        if row.status is None:
+        key, status = _key(row), row.status
+        if status is None:
             # A pod whose node is silent, or which has lost its limiter: the former may be back.
             return row if seen is None else row._replace(samples=self._missed(key, seen).samples)
         if seen:
             row = row._replace(before=(seen.status, seen.row.now))
         samples = seen.samples if seen else deque(maxlen=SAMPLES)
         samples.append(sample(row))
-        self._seen[key] = _Seen(row, row.status, samples)
+        self._seen[key] = _Seen(row, status, samples)
         return row._replace(samples=tuple(samples))
 
     def _missed(self, key: _Key, seen: _Seen) -> Row:

@@ -52,10 +52,10 @@ def detach(node: LocalNode, uids: tuple[str, ...], path: Path | None, everything
                 change = agent.detach(uid)
             except BpfrlError as error:
                 # With several to do, one that cannot be done is no reason to leave the others.
-                click.echo(f"bpfrl: {error}", err=True)
+                click.echo(f"bpfrl: {error}", file=sys.stderr)
                 failed = True
             else:
-                click.echo(f"{PodRef(uid).label} {change.value}")
+                click.echo(f"{PodRef(uid).label} {change.value}", file=sys.stdout)
             done()
     if failed:
         sys.exit(FAILURE)

@@ -273,7 +273,7 @@ def _at_cluster(
     with asyncio.Runner() as runner, ExitStack() as undo:
         try:
             client = runner.run(api.connect(remote.kubeconfig, remote.context, advice))
-            undo.callback(lambda: runner.run(client.close()))
+            undo.callback(lambda: runner.run(client.close()))  # type: ignore[no-untyped-call]
             scope = api.namespace_of(remote.kubeconfig, remote.context) if namespace is None else namespace
         except ClusterError as error:
             raise click.UsageError(str(error)) from error

@@ -17,9 +17,13 @@ _PATIENCE_SECONDS: Final = 2.0
 def progress(text: str, total: int) -> Iterator[Callable[[], None]]:
     """A bar on stderr while the context lasts, at a terminal and only after two seconds.
 
+    What is written meanwhile goes above the bar, if it goes to ``sys.stdout`` and ``sys.stderr`` as they are then:
+    click.echo must be told, for it finds what is behind them by itself.
+
     >>> with progress("detaching", len(uids)) as done:
     ...     for uid in uids:
     ...         agent.detach(uid)
+    ...         click.echo(f"pod/{uid} detached", file=sys.stdout)
     ...         done()
 
     Args:
@@ -36,7 +40,7 @@ def progress(text: str, total: int) -> Iterator[Callable[[], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    # Results that go elsewhere must not come here; those for the same terminal go above the bar.
+    # Results that go elsewhere must not come here.
     bar = Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty())
     task = bar.add_task(text, total=total)
     # What is waited for may say nothing for long.

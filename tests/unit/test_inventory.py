@@ -127,7 +127,7 @@ def test_a_limiter_of_no_pod_is_an_orphan_only_where_all_pods_are_known(*, every
     entries = join([make_pod(0, SLOW)], {HERE: answered(limiter(0), limiter(5), left)}, everything=everything)
     orphans = [(entry.pod, entry.node, entry.reason) for entry in entries if entry.state is State.ORPHAN]
     named = (PodRef(uid_of(5), "shop", "cart-5"), "node-1", "no such pod")
-    assert sorted(orphans) == ([(PodRef("f" * 32), "node-1", "no such pod"), named] if everything else [])
+    assert orphans == ([(PodRef("f" * 32), "node-1", "no such pod"), named] if everything else [])
 
 
 def test_cgroups_that_are_no_pods_are_their_nodes_business() -> None:
@@ -136,7 +136,7 @@ def test_cgroups_that_are_no_pods_are_their_nodes_business() -> None:
 
 
 # A static pod's limiter carries the hash of its manifest; others may write such a hash too.
-STATIC = {"limits": SLOW, "cgroup_uid": HASH}
+STATIC: dict[str, Any] = {"limits": SLOW, "cgroup_uid": HASH}
 CLAIMED: dict[str, tuple[dict[int, dict[str, Any]], dict[int, State]]] = {
     "one": ({0: {}}, {0: State.OK}),
     "the older one has it": ({0: {"created": "2"}, 1: {"created": "1"}}, {0: State.PENDING, 1: State.OK}),

@@ -24,7 +24,7 @@ from bpfrl.commands import progress
 progress._PATIENCE_SECONDS = float(sys.argv[1])
 with progress.progress("working", 4) as done:
     for number in range(4):
-        click.echo(f"result {number}")
+        click.echo(f"result {number}", file=sys.stdout)
         done()
         time.sleep(float(sys.argv[2]))
 print("the end")

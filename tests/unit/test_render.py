@@ -352,15 +352,16 @@ def test_programs_are_told_what_a_pod_asks_for_and_what_it_has() -> None:
     [alone] = json.loads(render.to_json([Row(WEB, NOW)]))["items"]
     wanted = {"egress_bits_per_second": 10_000_000, "ingress_bits_per_second": 1_500_000_000, "burst_bytes": 65_536}
     assert web == alone | {"node": "node-1", "state": "ok", "reason": "", "wanted": wanted}
-    wanted = {"egress_bits_per_second": 20_000_000, "ingress_bits_per_second": None, "burst_bytes": None}
-    assert pending == dict.fromkeys(web) | {
+    asked: dict[str, int | None] = {"egress_bits_per_second": 20_000_000}
+    asked |= dict.fromkeys(("ingress_bits_per_second", "burst_bytes"))
+    assert pending == dict[str, object].fromkeys(web) | {
         "uid": "e" * 32,
         "namespace": "till",
         "name": "web",
         "node": "node-2",
         "state": "pending",
         "reason": "asks",
-        "wanted": wanted,
+        "wanted": asked,
     }
     assert (broken["state"], broken["reason"], broken["egress"]) == ("broken", BROKEN.reason, None)
     orphan = Row(WEB, NOW, node="node-1", pod=KNOWN, state="orphan", reason="no such pod")
