@@ -20,6 +20,7 @@ from bpfrl.commands.options import (
     LocalNode,
     certificates,
     daemon_options,
+    node_port_option,
 )
 from bpfrl.errors import BpfrlError
 
@@ -130,13 +131,7 @@ def serve_node(
 @click.option("--manifests", type=FOLDER, metavar="DIR", help="Take the pods from this folder of manifests.")
 @click.option("--kubeconfig", type=FOLDER, metavar="FILE", help="Take them from this cluster's API server.")
 @click.option("--context", help="Which of the kubeconfig's contexts. [default: its current one]")
-@click.option(
-    "--node-port",
-    type=click.IntRange(1, 2**16 - 1),
-    default=DEFAULT_PORT,
-    show_default=True,
-    help="Where the nodes' daemons listen.",
-)
+@node_port_option
 @click.option(
     "--resync",
     type=click.IntRange(1),

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import urllib.parse
 from collections.abc import AsyncIterator
 from typing import Final, Protocol, TypeVar
 
@@ -89,6 +90,30 @@ _pods: Final = msgspec.json.Decoder(RawPod)
 _failures: Final = msgspec.json.Decoder(_Failure)
 
 
+async def list_pods(api: Api, namespace: str = "", labels: str = "") -> tuple[list[Pod], str]:
+    """All scheduled pods, in pages, and the version of that state.
+
+    Args:
+        api: the API server.
+        namespace: only those of this one.
+        labels: only those that have these labels, as a selector of the API server's.
+
+    Raises:
+        ApiError: no answer, or a refusal: of a malformed selector with the status 400.
+    """
+    path = f"/api/v1/namespaces/{urllib.parse.quote(namespace, safe='')}/pods" if namespace else _PODS
+    query = {"fieldSelector": _SCHEDULED, "limit": str(_PAGE)} | ({"labelSelector": labels} if labels else {})
+    pods: list[Pod] = []
+    while True:
+        timeout = aiohttp.ClientTimeout(total=_LIST_SECONDS, sock_connect=_CONNECT_SECONDS)
+        async with api.request("GET", path, query, timeout=timeout) as response:
+            page = _decode(_lists, await response.read())
+        pods.extend(pod for raw in page.items if (pod := _read(raw)))
+        if not page.metadata.more:
+            return pods, page.metadata.resource_version
+        query["continue"] = page.metadata.more
+
+
 class PodWatch:
     """Keeps a sink told of every scheduled pod."""
 
@@ -110,7 +135,9 @@ class PodWatch:
         """One list or one watch; returns how long to wait before the next, s."""
         try:
             if not self._version:
-                self._version = await self._list()
+                pods, self._version = await list_pods(self._api)
+                self._sink.replace(pods)
+                self._observer.listed()
                 log.info("watching pods from version %s", self._version)
             started = asyncio.get_running_loop().time()
             said_something = await self._watch()
@@ -128,21 +155,6 @@ class PodWatch:
         if not said_something and asyncio.get_running_loop().time() - started < _SHORT_SECONDS:
             return self._backoff.delay()
         return 0.0
-
-    async def _list(self) -> str:
-        """Tell the sink of all pods, and return the version of that state."""
-        query = {"fieldSelector": _SCHEDULED, "limit": str(_PAGE)}
-        pods: list[Pod] = []
-        while True:
-            timeout = aiohttp.ClientTimeout(total=_LIST_SECONDS, sock_connect=_CONNECT_SECONDS)
-            async with self._api.request("GET", _PODS, query, timeout=timeout) as response:
-                page = _decode(_lists, await response.read())
-            pods.extend(pod for raw in page.items if (pod := _read(raw)))
-            if not page.metadata.more:
-                self._sink.replace(pods)
-                self._observer.listed()
-                return page.metadata.resource_version
-            query["continue"] = page.metadata.more
 
     async def _watch(self) -> bool:
         """Tell the sink of changes until the server ends the watch; False if there was nothing at all."""

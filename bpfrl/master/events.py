@@ -29,7 +29,7 @@ _REPEAT_SECONDS: Final = 600.0
 _REMEMBERED: Final = 10_000
 _QUEUE: Final = 2_000
 _FLUSH_SECONDS: Final = 3.0
-_COMPONENT: Final = "bpfrl"
+COMPONENT: Final = "bpfrl"
 # A name of 253 characters at most, of which the digest takes 17 (apimachinery, DNS-1123 subdomain).
 _LONGEST_NAME: Final = 236
 _LONGEST_MESSAGE: Final = 1_000
@@ -138,8 +138,8 @@ class Recorder:
             "type": kind,
             "reason": reason,
             "message": report.message[:_LONGEST_MESSAGE],
-            "source": {"component": _COMPONENT},
-            "reportingComponent": _COMPONENT,
+            "source": {"component": COMPONENT},
+            "reportingComponent": COMPONENT,
             "reportingInstance": self._instance,
             "firstTimestamp": now,
             "lastTimestamp": now,

@@ -1,10 +1,11 @@
 """Making the certificates that :mod:`.tls` loads.
 
-One authority signs two certificates, one for all nodes and one for the master:
+One authority signs three certificates, one for all nodes, one for the master and one for people:
 
     DIR/ca.crt  DIR/ca.key                              the authority; its key signs, and nothing else needs it
     DIR/node/{ca.crt,tls.crt,tls.key}                   for bpfrl serve-node --certs
     DIR/master/{ca.crt,tls.crt,tls.key}                 for bpfrl serve-master --certs
+    DIR/operator/{ca.crt,tls.crt,tls.key}               for bpfrl list --certs
 """
 
 from __future__ import annotations
@@ -36,20 +37,23 @@ _AUTHORITY_KEY: Final = "ca.key"
 _ROLES: Final[dict[str, tuple[str, ObjectIdentifier]]] = {
     "node": (tls.NODE, ExtendedKeyUsageOID.SERVER_AUTH),
     "master": (tls.MASTER, ExtendedKeyUsageOID.CLIENT_AUTH),
+    "operator": (tls.OPERATOR, ExtendedKeyUsageOID.CLIENT_AUTH),
 }
+# Those of the daemons, which run in the cluster; people keep theirs in files.
+_DAEMONS: Final = ("node", "master")
 _AUTHORITY_DAYS: Final = 3650
 # Clocks differ: a certificate is good a little before it is made.
 _SKEW: Final = timedelta(minutes=5)
 
 
 def init(folder: Path, days: int, *, renew: bool = False) -> list[tuple[Path, bool]]:
-    """Make what is missing of an authority and its two certificates, and what is about to expire.
+    """Make what is missing of an authority and its certificates, and what is about to expire.
 
     Args:
         folder: where; made if it is not there.
-        days: how long the two certificates are good for; the authority is for ten years at
+        days: how long the certificates are good for; the authority is for ten years at
             least, and no certificate outlives it.
-        renew: make the two certificates anew in any case.
+        renew: make the certificates anew in any case, but not the authority.
 
     Returns:
         Each certificate, and whether it was made just now.
@@ -81,13 +85,14 @@ def init(folder: Path, days: int, *, renew: bool = False) -> list[tuple[Path, bo
 
 
 def secrets(folder: Path, namespace: str) -> str:
-    """The two certificates as Kubernetes Secrets (YAML), for kubectl apply.
+    """The daemons' certificates as Kubernetes Secrets (YAML), for kubectl apply.
 
     Raises:
         CertificateError: they are not there, or cannot be used.
     """
     documents = []
-    for name, (role, _) in _ROLES.items():
+    for name in _DAEMONS:
+        role, _ = _ROLES[name]
         bundle = tls.Certificates(folder / name, role).current()
         files = zip((tls.AUTHORITY_FILE, tls.CERTIFICATE_FILE, tls.KEY_FILE), bundle, strict=True)
         documents.append(
