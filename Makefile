@@ -1,5 +1,5 @@
 # Everything runs as root: BPF programs are loaded, namespaces and cgroups are made.
-.PHONY: demo test lint bench bench-cluster install proto requirements
+.PHONY: demo test lint bench bench-cluster install proto generated requirements
 
 demo: install
 	.venv/bin/python -m bench.demo
@@ -32,6 +32,10 @@ install:
 proto: install
 	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. \
 		--mypy_out=quiet:. --mypy_grpc_out=quiet:. bpfrl/rpc/node.proto
+
+# After a change of what commands say of themselves, or of the annotations: completions/, docs/man/ and docs/reference.md.
+generated: install
+	.venv/bin/python -m tools.generated
 
 # After a change of pyproject.toml's dependencies.
 requirements: install

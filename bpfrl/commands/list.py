@@ -37,6 +37,12 @@ def list_(node: LocalNode, output: str, watch: bool) -> None:
 
     Everything comes from the kernel; no daemon has to run. TX is what the pod has sent and RX what it has received
     since it was limited, in bytes at layer 3 and in packets; DROP is what did not pass.
+
+    \b
+    EXAMPLES
+      bpfrl list
+      bpfrl list -w -o wide
+      bpfrl list -o json
     """
     if watch and output not in ("table", "wide"):
         raise click.UsageError(f"--watch draws tables: it does not go with -o {output}")

@@ -13,6 +13,7 @@ import click
 
 from bpfrl import cgroup
 from bpfrl.cgroup import CgroupTree
+from bpfrl.commands import completing
 from bpfrl.errors import InvalidValueError
 from bpfrl.limits import Limits, PodRef
 from bpfrl.node.agent import Agent
@@ -123,8 +124,18 @@ def pod_options(function: Function) -> Function:
         return function(*args, pod=PodRef(pod_uid, *(pod_name or ())) if pod_uid else None, **others)
 
     for option in (
-        click.option("--pod-name", type=POD_NAME, help="The pod's name, for bpfrl list to show."),
-        click.option("--pod-uid", type=UID, help="The pod's UID: kubectl get pod -o jsonpath={.metadata.uid}"),
+        click.option(
+            "--pod-name",
+            type=POD_NAME,
+            shell_complete=completing.pod_names,
+            help="The pod's name, for bpfrl list to show.",
+        ),
+        click.option(
+            "--pod-uid",
+            type=UID,
+            shell_complete=completing.pods_here,
+            help="The pod's UID: kubectl get pod -o jsonpath={.metadata.uid}",
+        ),
     ):
         with_pod = option(with_pod)
     return cast(Function, with_pod)

@@ -16,6 +16,7 @@ import aiohttp
 import msgspec
 from kubernetes.aio import config
 from kubernetes.aio.client import ApiClient, Configuration
+from kubernetes.aio.config.kube_config import KubeConfigMerger
 
 from bpfrl.errors import ApiError, ClusterError
 
@@ -40,10 +41,9 @@ async def connect(kubeconfig: Path | None, context: str | None) -> ApiClient:
         ClusterError: none of them names one.
     """
     configuration = Configuration()
-    named = os.environ.get("KUBECONFIG", "")
     try:
-        if kubeconfig or context or named or "KUBERNETES_SERVICE_HOST" not in os.environ:
-            file = str(kubeconfig or named or _HOME_KUBECONFIG.expanduser())
+        if kubeconfig or context or os.environ.get("KUBECONFIG") or "KUBERNETES_SERVICE_HOST" not in os.environ:
+            file = _files(kubeconfig)
             _check_is_there(file)
             loader = await config.load_kube_config(file, context, configuration, persist_config=False)  # type: ignore[no-untyped-call]
             _keep_fresh(configuration, loader)
@@ -55,6 +55,22 @@ async def connect(kubeconfig: Path | None, context: str | None) -> ApiClient:
         raise ClusterError(
             f"no cluster to watch: {reason} (--kubeconfig names one, --manifests does without)"
         ) from error
+
+
+def contexts(kubeconfig: Path | None) -> list[str]:
+    """The names of a kubeconfig's contexts, or of those that the environment names.
+
+    Raises:
+        ClusterError: it is not there, or is none.
+    """
+    try:
+        files = _files(kubeconfig)
+        _check_is_there(files)
+        # Not list_kube_config_contexts(): it wants a current one.
+        found = KubeConfigMerger(files).config["contexts"].value  # type: ignore[no-untyped-call]
+        return [str(context["name"]) for context in found]
+    except Exception as error:  # what the client makes of a malformed kubeconfig may be anything
+        raise ClusterError(f"no contexts: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 class Api:
@@ -72,13 +88,14 @@ class Api:
         body: object = None,
         timeout: aiohttp.ClientTimeout = _CALL,
         content_type: str = "application/json",
+        accept: str = "application/json",
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """One request, whose answer may be read while the context lasts.
 
         Raises:
             ApiError: no answer, not all of it, or a refusal.
         """
-        headers = {"Accept": "application/json", "Content-Type": content_type}
+        headers = {"Accept": accept, "Content-Type": content_type}
         try:
             request = await self._client.param_serialize(
                 method,
@@ -113,6 +130,11 @@ async def _refusal(response: aiohttp.ClientResponse) -> ApiError:
         response.status,
         float(wait) if wait.isdecimal() else 0.0,
     )
+
+
+def _files(kubeconfig: Path | None) -> str:
+    """The kubeconfig, or the several that are merged, as the client takes them."""
+    return str(kubeconfig or os.environ.get("KUBECONFIG") or _HOME_KUBECONFIG.expanduser())
 
 
 def _check_is_there(files: str) -> None:

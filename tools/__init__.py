@@ -1,0 +1,1 @@
+"""What is done to this repository, rather than by the product."""
