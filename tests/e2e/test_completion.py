@@ -1,0 +1,63 @@
+"""What a shell completes from a cluster, with both API servers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from bench.kubeapi import Api, RealApi, StandIn, real_assets
+from bench.lab import BPFRL
+
+
+@pytest.fixture(scope="module", params=[StandIn, RealApi])
+def server(request: pytest.FixtureRequest) -> Iterator[Api]:
+    if request.param is RealApi and real_assets() is None:
+        pytest.skip("needs etcd, kube-apiserver and kubectl; their folder is $KUBEBUILDER_ASSETS")
+    with request.param() as api:
+        api.create_pod("web")
+        api.create_pod("cart-0", namespace="shop")
+        yield api
+
+
+def offered(server: Api, *typed: str) -> list[str]:
+    """What is offered for the last of these words; tried again, since a busy machine may not find out in time."""
+    question = {
+        "KUBECONFIG": str(server.kubeconfig),
+        "_BPFRL_COMPLETE": "bash_complete",
+        "COMP_WORDS": " ".join(["bpfrl", *typed]),
+        "COMP_CWORD": str(len(typed)),
+    }
+    for _ in range(5):
+        done = subprocess.run([BPFRL], env=os.environ | question, capture_output=True, text=True, check=True)
+        assert done.stderr == ""
+        if done.stdout:
+            break
+    return [line.removeprefix("plain,") for line in done.stdout.splitlines() if line]
+
+
+def test_pods_are_offered_by_namespace_and_name(server: Api) -> None:
+    assert offered(server, "attach", "--pod-name", "") == ["default/web", "shop/cart-0"]
+    assert offered(server, "attach", "--pod-name", "shop/") == ["shop/cart-0"]
+    assert offered(server, "attach", "--pod-name", "shop/x") == []
+
+
+def test_contexts_are_offered(server: Api) -> None:
+    assert offered(server, "serve-master", "--context", "") == ["test"]
+    assert offered(server, "serve-master", "--context", "x") == []
+
+
+def test_namespaces_are_offered(server: Api) -> None:
+    found = offered(server, "certs", "secrets", "-n", "")
+    # The stand-in has no objects for them, which is not a matter for a shell.
+    assert ({"default", "kube-system"} <= set(found)) if isinstance(server, RealApi) else found == []
+
+
+def test_a_server_that_is_gone_offers_nothing(server: Api) -> None:
+    server.kill()
+    try:
+        assert offered(server, "attach", "--pod-name", "") == []
+    finally:
+        server.start()
