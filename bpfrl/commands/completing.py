@@ -25,6 +25,8 @@ from bpfrl.errors import BpfrlError
 from bpfrl.node.agent import Agent
 
 if TYPE_CHECKING:
+    from bpfrl.master.names import Named
+
     Items = list[CompletionItem[str]]
 
 PROGRAM: Final = "bpfrl"
@@ -106,25 +108,28 @@ def contexts(context: click.Context, _parameter: click.Parameter, incomplete: st
 
 def namespaces(context: click.Context, _parameter: click.Parameter, incomplete: str) -> Items:
     """The cluster's namespaces."""
-    return _offer([(name, "") for _, name in _names(context, "namespaces")], incomplete)
+    return _offer([(found.name, "") for found in _names(context, "namespaces")], incomplete)
 
 
 def nodes(context: click.Context, parameter: click.Parameter, incomplete: str) -> Items:
-    """The names of the cluster's nodes."""
-    return _offer([(name, "") for _, name in _names(context, "nodes")], incomplete, context, parameter)
+    """The addresses of the cluster's nodes, with their names."""
+    found = [(each.address, each.name) for each in _names(context, "nodes") if each.address]
+    return _offer(
+        [(f"[{place}]" if ":" in place else place, name) for place, name in found], incomplete, context, parameter
+    )
 
 
 def pods(context: click.Context, parameter: click.Parameter, incomplete: str) -> Items:
     """The names of the pods of --namespace."""
     found = _names(context, "pods", context.params.get("namespace") or "default")
-    return _offer([(name, "") for _, name in found], incomplete, context, parameter)
+    return _offer([(pod.name, "") for pod in found], incomplete, context, parameter)
 
 
 def pod_names(context: click.Context, _parameter: click.Parameter, incomplete: str) -> Items:
     """The cluster's pods, as NAMESPACE/NAME."""
     namespace, complete, _ = incomplete.partition("/")
     found = _names(context, "pods", namespace if complete else "")
-    return _offer([("/".join(pod), "") for pod in found], incomplete)
+    return _offer([(f"{pod.namespace}/{pod.name}", "") for pod in found], incomplete)
 
 
 def _offer(
@@ -158,7 +163,7 @@ def _folders(above: Path, beginning: str) -> list[str]:
     return sorted(str(path) for path in above.iterdir() if str(path).startswith(beginning) and path.is_dir())
 
 
-def _names(context: click.Context, resource: str, namespace: str = "") -> list[tuple[str, str]]:
+def _names(context: click.Context, resource: str, namespace: str = "") -> list[Named]:
     from bpfrl.master.names import names  # noqa: PLC0415 - as above
 
     with suppress(BpfrlError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import pytest
 
 from bench.kubeapi import Api, RealApi, StandIn, real_assets
 from bench.lab import BPFRL
+from bpfrl.master.names import Named, names
 
 
 @pytest.fixture(scope="module", params=[StandIn, RealApi])
@@ -53,6 +55,15 @@ def test_namespaces_are_offered(server: Api) -> None:
     found = offered(server, "certs", "secrets", "-n", "")
     # The stand-in has no objects for them, which is not a matter for a shell.
     assert ({"default", "kube-system"} <= set(found)) if isinstance(server, RealApi) else found == []
+
+
+@pytest.mark.parametrize("server", [RealApi], indirect=True)
+def test_nodes_are_told_with_their_addresses(server: Api) -> None:
+    addresses = [{"type": "Hostname", "address": "n"}, {"type": "InternalIP", "address": "192.0.2.7"}]
+    node = {"kind": "Node", "metadata": {"name": "node-1"}, "status": {"addresses": addresses}}
+    server.request("POST", "/api/v1/nodes", node)
+    assert asyncio.run(names(server.kubeconfig, None, "nodes")) == [Named("node-1", "", "192.0.2.7")]
+    assert {each.name for each in asyncio.run(names(server.kubeconfig, None, "pods"))} == {"web", "cart-0"}
 
 
 def test_a_server_that_is_gone_offers_nothing(server: Api) -> None:

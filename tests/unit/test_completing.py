@@ -23,6 +23,7 @@ from bpfrl.cli import cli
 from bpfrl.commands import completing
 from bpfrl.errors import ApiError, CgroupNotFoundError, ClusterError, PermissionDeniedError
 from bpfrl.master import api, names
+from bpfrl.master.names import Named
 from bpfrl.node.agent import Agent
 from tests.unit.conftest import make
 from tests.unit.fakes import api_server, run
@@ -311,21 +312,28 @@ def test_a_kubeconfig_that_is_none_is_an_error_of_one_line(tmp_path: Path, conte
 
 # The cluster.
 
-PODS = {"": [("default", "web"), ("shop", "cart-0")], "shop": [("shop", "cart-0"), ("shop", "cart-1")]}
+OBJECTS = {
+    ("namespaces", ""): [Named("default"), Named("shop")],
+    ("nodes", ""): [
+        Named("a", "", "192.0.2.1"),
+        Named("b", "", "192.0.2.2"),
+        Named("c", "", "2001:db8::1"),
+        Named("d"),
+    ],
+    ("pods", ""): [Named("web", "default"), Named("cart-0", "shop")],
+    ("pods", "default"): [Named("web", "default")],
+    ("pods", "shop"): [Named("cart-0", "shop"), Named("cart-1", "shop")],
+}
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path | None, str | None, str, str]]:
-    """A cluster of two namespaces and two nodes; returns what is asked of it."""
+    """A cluster; returns what is asked of it."""
     found: list[tuple[Path | None, str | None, str, str]] = []
 
-    async def answer(
-        kubeconfig: Path | None, context: str | None, resource: str, namespace: str = ""
-    ) -> list[tuple[str, str]]:
+    async def answer(kubeconfig: Path | None, context: str | None, resource: str, namespace: str = "") -> list[Named]:
         found.append((kubeconfig, context, resource, namespace))
-        if resource == "pods":
-            return PODS[namespace] if namespace != "default" else PODS[""][:1]
-        return {"namespaces": [("", "default"), ("", "shop")], "nodes": [("", "node-1"), ("", "node-2")]}[resource]
+        return OBJECTS[resource, namespace]
 
     monkeypatch.setattr(names, "names", answer)
     return found
@@ -341,17 +349,18 @@ def reading() -> None:
     """A command that reads a cluster."""
 
 
-def offered_by_reading(*typed: str) -> list[str]:
+def offered_by_reading(*typed: str) -> dict[str, str]:
     found = ShellComplete(reading, {}, "reading", "X").get_completions(list(typed[:-1]), typed[-1])
-    return [item.value for item in found]
+    return {item.value: item.help or "" for item in found}
 
 
 def test_names_come_from_the_cluster_that_is_meant(asked: list[tuple[Path | None, str | None, str, str]]) -> None:
-    assert offered_by_reading("-n", "s") == ["shop"]
-    assert offered_by_reading("--kubeconfig", "x", "--context", "y", "--node", "") == ["node-1", "node-2"]
-    assert offered_by_reading("--node", "node-1", "--node", "") == ["node-2"]
-    assert offered_by_reading("") == ["web"]
-    assert offered_by_reading("-n", "shop", "cart-1") == ["cart-1"]
+    assert offered_by_reading("-n", "s") == {"shop": ""}
+    nodes = {"192.0.2.1": "a", "192.0.2.2": "b", "[2001:db8::1]": "c"}
+    assert offered_by_reading("--kubeconfig", "x", "--context", "y", "--node", "") == nodes
+    assert offered_by_reading("--node", "192.0.2.1", "--node", "192") == {"192.0.2.2": "b"}
+    assert offered_by_reading("") == {"web": ""}
+    assert offered_by_reading("-n", "shop", "cart-1") == {"cart-1": ""}
     assert asked == [
         (None, None, "namespaces", ""),
         (Path("x"), "y", "nodes", ""),
@@ -413,16 +422,22 @@ def answers(tmp_path: Path, status: int, body: str, resource: str, namespace: st
 def test_only_the_objects_metadata_is_asked_for(tmp_path: Path) -> None:
     body = json.dumps({"items": [{"metadata": {"name": "web", "namespace": "shop", "uid": "x"}, "spec": {}}]})
     found, seen = answers(tmp_path, 200, body, "pods", "sh/op")
-    assert found == [("shop", "web")]
+    assert found == [Named("web", "shop")]
     [line] = seen
     assert line.startswith("/api/v1/namespaces/sh%2Fop/pods?limit=500 Bearer t application/json;as=Partial")
     assert line.endswith(",application/json")
 
 
-def test_objects_without_a_namespace_have_none(tmp_path: Path) -> None:
-    found, seen = answers(tmp_path, 200, '{"items": [{"metadata": {"name": "node-1"}}]}', "nodes")
-    assert found == [("", "node-1")]
-    assert seen[0].startswith("/api/v1/nodes?")
+def test_nodes_are_asked_for_whole_and_told_with_their_addresses(tmp_path: Path) -> None:
+    addresses = [{"type": kind, "address": kind.lower()} for kind in ("Hostname", "InternalIP", "ExternalIP")]
+    items = [
+        {"metadata": {"name": "a"}, "status": {"addresses": addresses}},
+        {"metadata": {"name": "b"}, "status": {"addresses": addresses[:1]}},
+        {"metadata": {"name": "c"}},
+    ]
+    found, seen = answers(tmp_path, 200, json.dumps({"items": items}), "nodes")
+    assert found == [Named("a", "", "internalip"), Named("b"), Named("c")]
+    assert seen == ["/api/v1/nodes?limit=500 Bearer t application/json"]
 
 
 @pytest.mark.parametrize(
