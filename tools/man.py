@@ -68,7 +68,7 @@ def _sections(command: Page, commands: Sequence[Page]) -> Iterator[tuple[str, li
 def _paragraphs(blocks: Iterable[Block]) -> list[str]:
     lines: list[str] = []
     for text, literal in blocks:
-        lines += [".PP", *(_literal(text) if literal else [_marked(text)])]
+        lines += [".PP", *(_literal(text) if literal else [_protected(_marked(text))])]
     return lines[1:]
 
 

@@ -79,7 +79,7 @@ async def names(kubeconfig: Path | None, context: str | None, resource: str, nam
     except msgspec.MsgspecError as error:
         raise ApiError(f"the API server does not answer with a list: {error}") from error
     finally:
-        await client.close()
+        await client.close()  # type: ignore[no-untyped-call]
     return [Named(each.metadata.name, each.metadata.namespace, _address(each.status)) for each in found.items]
 
 

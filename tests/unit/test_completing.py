@@ -155,10 +155,9 @@ def test_without_privileges_nothing_is_offered_and_nothing_said(tmp_path: Path) 
 @pytest.mark.parametrize(
     "typed",
     [
-        ("bogus", ""),
         ("attach", "--bogus", ""),
         ("attach", "--pod-uid", "x", "--rate", "y", ""),
-        ("--bpffs", "", "detach", "--pod-uid", ""),
+        ("--bpffs", "/nonexistent", "detach", "--pod-uid", ""),
         ("attach", "'--pod-uid", ""),
         ("serve-master", "--kubeconfig", "/nonexistent", "--context", ""),
         ("serve-master", "--kubeconfig", "/dev/null", "--context", ""),
@@ -184,7 +183,7 @@ print(sorted({"grpc", "kubernetes", "aiohttp"} & sys.modules.keys()))
 
 
 def test_what_is_here_is_found_without_grpc_and_kubernetes(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", IMPORTED, tmp_path]
+    command = [sys.executable, "-c", IMPORTED, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS)
     assert done.stdout.strip() == "[]"
 
@@ -222,7 +221,12 @@ def test_what_a_user_may_not_see_hides_nothing_else(node: Path, monkeypatch: pyt
 
 def test_the_options_of_the_command_itself_count(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Path] = []
-    monkeypatch.setattr(Agent, "limiters", lambda agent: seen.append(agent.bpffs) or [])
+
+    def look(agent: Agent) -> list[Broken]:
+        seen.append(agent.bpffs)
+        return []
+
+    monkeypatch.setattr(Agent, "limiters", look)
     monkeypatch.setenv("BPFRL_BPFFS", "/from/environment")
     make(node / "elsewhere" / POD_FOLDER.format("11111111_2222_3333_4444_555555555555"))
     offered("detach", "--pod-uid", "")
