@@ -25,7 +25,10 @@ def server(request: pytest.FixtureRequest) -> Iterator[Api]:
 
 
 def offered(server: Api, *typed: str) -> list[str]:
-    """What is offered for the last of these words; tried again, since a busy machine may not find out in time."""
+    """What is offered for the last of these words.
+
+    Not a byte says that a busy machine was too slow: it is asked again.
+    """
     question = {
         "KUBECONFIG": str(server.kubeconfig),
         "_BPFRL_COMPLETE": "bash_complete",
@@ -52,9 +55,10 @@ def test_contexts_are_offered(server: Api) -> None:
 
 
 def test_namespaces_are_offered(server: Api) -> None:
-    found = offered(server, "certs", "secrets", "-n", "")
     # The stand-in has no objects for them, which is not a matter for a shell.
-    assert ({"default", "kube-system"} <= set(found)) if isinstance(server, RealApi) else found == []
+    real = isinstance(server, RealApi)
+    found = offered(server, "certs", "secrets", "-n", "")
+    assert {"default", "kube-system"} <= set(found) if real else found == []
 
 
 @pytest.mark.parametrize("server", [RealApi], indirect=True)

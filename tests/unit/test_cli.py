@@ -30,6 +30,7 @@ from bpfrl.errors import BpfrlError, BrokenLimiterError, CompilerError, KernelEr
 from bpfrl.limits import Change, Limits, PodRef
 from bpfrl.node.agent import Agent
 from bpfrl.units import Rate
+from tests.measuring import unmeasured
 from tests.unit.conftest import forget_programs, make
 
 pytestmark = pytest.mark.usefixtures("logs")
@@ -59,6 +60,8 @@ def run(*arguments: str | Path) -> Result:
 def process(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[bytes]:
     """The command as it is installed."""
     options.setdefault("stdout", subprocess.PIPE)
+    if "user" in options:
+        options.setdefault("env", unmeasured())
     return subprocess.run([COMMAND, *arguments], stderr=subprocess.PIPE, timeout=30, check=False, **options)
 
 
@@ -360,7 +363,7 @@ def test_a_file_stays_as_it_was_when_the_object_does_not_fit(tmp_path: Path, exi
         "1M",
         "-o",
     ]
-    done = subprocess.run([*limited, output], capture_output=True, timeout=30, check=False)
+    done = subprocess.run([*limited, output], env=unmeasured(), capture_output=True, timeout=30, check=False)
     assert f"{output}: File too large" in failure(done, 1)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == ([existing] if existing else [])
 

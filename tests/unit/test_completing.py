@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -31,7 +32,7 @@ from tests.unit.test_cli import BROKEN, COMMAND, STATIC_UID, UID, WEB
 
 ROOT = Path(__file__).parents[2]
 # A second to find out, and what a busy machine takes to start Python.
-SECONDS = 10.0
+SECONDS = 30.0
 # What bash does when Tab is pressed, and then what it would offer.
 PRESS_TAB = """
 source "$1"
@@ -385,14 +386,19 @@ def test_options_that_exist_ask_the_cluster(asked: list[tuple[Path | None, str |
 
 def test_a_server_that_does_not_answer_takes_no_more_than_a_moment(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.setblocking(False)
         path = write_kubeconfig(tmp_path / "config", "c", server=f"http://127.0.0.1:{silent.getsockname()[1]}")
-        start = time.monotonic()
-        done = ask("certs", "secrets", "-n", "", KUBECONFIG=str(path))
-        elapsed = time.monotonic() - start
-        connection, _ = silent.accept()  # it did ask
-        connection.close()
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert elapsed < SECONDS / 2
+        asked = False
+        deadline = time.monotonic() + 6 * SECONDS  # a busy machine may not even come to ask, within its second
+        while not asked and time.monotonic() < deadline:
+            start = time.monotonic()
+            done = ask("certs", "secrets", "-n", "", KUBECONFIG=str(path))
+            assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+            assert time.monotonic() - start < SECONDS / 2
+            with contextlib.suppress(BlockingIOError):
+                silent.accept()[0].close()
+                asked = True
+    assert asked
 
 
 def test_a_server_that_is_not_there_is_no_matter_for_a_shell(tmp_path: Path) -> None:
