@@ -64,7 +64,7 @@ def attach(
     \b
     EXAMPLES
       bpfrl attach --pod-uid 8c4a6c1e-0f6b-4c0e-9d0b-0a5f5a3a7f10 --rate 10mbit
-      bpfrl attach --pod-uid 8c4a6c1e-0f6b-4c0e-9d0b-0a5f5a3a7f10 --egress 10M --ingress 100M --wait 30
+      bpfrl attach --pod-uid 8c4a6c1e-0f6b-4c0e-9d0b-0a5f5a3a7f10 --egress 10M --wait 30
       bpfrl attach --cgroup /sys/fs/cgroup/system.slice/backup.service --egress 100mbit
       bpfrl attach --cgroup /sys/fs/cgroup/kubepods.slice --cooperate
     """
