@@ -144,7 +144,7 @@ def test_fish_completes_too() -> None:
         check=True,
         timeout=SECONDS,
     )
-    assert done.stdout.split() == ["bash", "zsh", "fish"]
+    assert done.stdout.split() == ["bash", "fish", "zsh"]
 
 
 def test_without_privileges_nothing_is_offered_and_nothing_said(tmp_path: Path) -> None:
