@@ -53,7 +53,7 @@ def _sections(command: Page, commands: Sequence[Page]) -> Iterator[tuple[str, li
     if command is not outermost:
         options += [".PP", f"The options of {_reference(outermost)} go before the command."]
     yield "OPTIONS", options
-    yield EXIT_STATUS, _list(columns(outermost.sections[EXIT_STATUS]))
+    yield EXIT_STATUS, _list(columns({**outermost.sections, **command.sections}[EXIT_STATUS]))
     told = commands if command is outermost else (outermost, command)
     yield (
         "ENVIRONMENT",

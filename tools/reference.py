@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
+from bpfrl.commands.completing import PROGRAM
 from bpfrl.master.annotations import KEYS
 from bpfrl.master.events import Reason
 from tools.manual import EXIT_STATUS, FILES, VARIABLES, Option, Page, columns, stand_ins
@@ -73,7 +74,8 @@ def _command(command: Page) -> Iterator[str]:
     if options:
         yield _table(("Option", "Meaning", "Default", "Environment"), map(_option, options))
     for heading, text in command.sections.items():
-        if heading != EXIT_STATUS:
+        # The command's as a whole has a table of its own below.
+        if heading != EXIT_STATUS or command.name != PROGRAM:
             yield f"{heading.capitalize()}:\n"
             yield _block(text)
 
