@@ -78,7 +78,9 @@ def _literal(text: str) -> list[str]:
 
 
 def _list(pairs: Pairs) -> list[str]:
-    return [line for name, text in pairs for line in (".TP", _protected(_marked(name)), _protected(_marked(text)))]
+    # A long choice may be broken where it says or.
+    entries = ((_marked(name).replace("|", r"|\:"), _marked(text)) for name, text in pairs)
+    return [line for name, text in entries for line in (".TP", _protected(name), _protected(text))]
 
 
 def _marked(text: str) -> str:

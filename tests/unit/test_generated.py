@@ -18,11 +18,10 @@ SOURCES = generated.ROOT / "bpfrl"
 READS_ENVIRONMENT = re.compile(r"""environ(?:\.get\(|\[)"(\w+)"|"(\w+)" (?:not )?in os\.environ""")
 
 
-def rendered(page: Path) -> str:
-    """A page as man shows it, without bold letters."""
-    done = subprocess.run(
-        ["groff", "-man", "-Tutf8", "-ww", "-rLL=200n", page], capture_output=True, text=True, check=True, timeout=30
-    )
+def rendered(page: Path, width: int = 200) -> str:
+    """A page as man shows it at a terminal of some columns, without bold letters."""
+    command = ["groff", "-man", "-Tutf8", "-ww", f"-rLL={width}n", page]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
     assert done.stderr == ""
     return re.sub(r"\x1b\[[0-9;]*m|.\x08", "", done.stdout)
 
@@ -60,7 +59,9 @@ def test_every_command_has_a_page() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.slug)
 def test_a_page_is_drawn_without_a_warning_and_says_everything(page: Page) -> None:
-    text = rendered(generated.ROOT / "docs" / "man" / f"{page.slug}.1")
+    path = generated.ROOT / "docs" / "man" / f"{page.slug}.1"
+    rendered(path, 78)
+    text = rendered(path)
     headings = [line for line in text.splitlines() if re.fullmatch(r"[A-Z][A-Z ]+", line)]
     expected = ["NAME", "SYNOPSIS", "DESCRIPTION", "COMMANDS", "OPTIONS", EXIT_STATUS, "ENVIRONMENT", "FILES", EXAMPLES]
     assert [heading for heading in headings if heading in expected] == [
