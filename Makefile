@@ -1,5 +1,5 @@
 # Everything runs as root: BPF programs are loaded, namespaces and cgroups are made.
-.PHONY: demo test lint bench bench-cluster install proto metrics-page requirements
+.PHONY: demo test lint bench bench-cluster install proto generated requirements
 
 demo: install
 	.venv/bin/python -m bench.demo
@@ -33,9 +33,10 @@ proto: install
 	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. \
 		--mypy_out=quiet:. --mypy_grpc_out=quiet:. bpfrl/rpc/node.proto
 
-# After a change of the daemons' metrics, or of the alert rules.
-metrics-page: install
-	.venv/bin/python -m tools.metrics_page
+# After a change of what commands say of themselves, of the annotations, the metrics or the alert rules: completions/,
+# docs/man/, docs/reference.md and docs/metrics.md.
+generated: install
+	.venv/bin/python -m tools.generated
 
 # After a change of pyproject.toml's dependencies.
 requirements: install

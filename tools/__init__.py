@@ -1,1 +1,1 @@
-"""What installs, and writes what is generated."""
+"""What is done to this repository, rather than by the product."""

@@ -1,6 +1,4 @@
-"""Brings ``docs/metrics.md`` up to date: the metrics from the daemons' own registries, the alerts from their rules.
-
-    python -m tools.metrics_page
+"""``docs/metrics.md``: the metrics from the daemons' own registries, the alerts from their rules.
 
 The registries are filled as the daemons fill them, with everything told once, so that all names and labels are there.
 """
@@ -31,7 +29,7 @@ from bpfrl.rpc.tls import Certificates
 from bpfrl.units import Rate
 
 ROOT: Final = Path(__file__).resolve().parent.parent
-PAGE: Final = ROOT / "docs" / "metrics.md"
+PAGE: Final = Path("docs/metrics.md")
 RULES: Final = ROOT / "deploy" / "prometheus" / "rules.yaml"
 OURS: Final = "bpfrl_"
 _BLOCK: Final = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -168,7 +166,3 @@ def _alert(rule: dict[str, Any]) -> str:
         f"### {rule['alert']}\n\n{rule['labels']['severity'].capitalize()}, after {rule['for']} of `{expression}`\n\n"
         f"{' '.join(rule['annotations']['description'].split())}\n\n"
     )
-
-
-if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text()))
