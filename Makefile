@@ -1,5 +1,5 @@
 # Everything runs as root: BPF programs are loaded, namespaces and cgroups are made.
-.PHONY: demo test lint bench bench-cluster install proto requirements
+.PHONY: demo test lint bench bench-cluster install manifests proto requirements
 
 demo: install
 	.venv/bin/python -m bench.demo
@@ -27,6 +27,10 @@ bench-cluster: install
 
 install:
 	@tools/install
+
+# After a change of the chart.
+manifests: install
+	.venv/bin/python -m tools.manifests
 
 # After a change of bpfrl/rpc/node.proto.
 proto: install

@@ -329,9 +329,10 @@ def attached(target: int, kind: AttachType, *, effective: bool) -> dict[int, str
     found = {}
     for number in ids[: count.value]:
         descriptor = _lib().bpf_prog_get_fd_by_id(number)
-        if descriptor >= 0:  # else it is gone meanwhile
-            with Descriptor(descriptor) as program:
-                found[number] = _info(program, _ProgramInfo).name.decode(errors="replace")
+        if descriptor < 0 and ctypes.get_errno() == errno.ENOENT:
+            continue  # gone meanwhile
+        with Descriptor(_check(descriptor, "look what is attached")) as program:
+            found[number] = _info(program, _ProgramInfo).name.decode(errors="replace")
     return found
 
 
