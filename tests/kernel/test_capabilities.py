@@ -6,7 +6,6 @@ runtime does it, by the bounding set, and mounts and process numbers by namespac
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -99,7 +98,7 @@ def test_without_one_of_its_capabilities_it_says_what_it_cannot_do(bed: Lab, mis
     sender, _ = connection(bed)
     left = [name for name in CAPABILITIES if name != missing]
     with Daemon(bed, None, within=contained(bed, left)) as node:
-        if KERNEL >= COVERED_FROM.get(missing, (99, 0)):
+        if COVERED_FROM.get(missing, (99, 0)) <= KERNEL:
             everything(bed, node, sender)
             assert warnings(node) == []
             return
@@ -132,8 +131,6 @@ def test_where_processes_cannot_be_seen_their_connections_are_not_said_to_be_pac
 
 def test_a_container_mounts_no_bpffs_that_would_end_with_it(bed: Lab) -> None:
     """Whatever is mounted in a mount namespace of its own is gone with its last process, and so would all limits be."""
-    if not os.path.samefile("/proc/self/ns/mnt", "/proc/1/ns/mnt"):
-        pytest.skip("these tests run in a container themselves")
     script = f'umount {bed.bpffs} && exec "$@"'
     within = ["unshare", "--mount", "--propagation", "slave", "sh", "-ec", script, "sh"]
     command = [*within, BPFRL, "--bpffs", str(bed.bpffs), "serve-node", "--insecure", "--listen", "127.0.0.1:0"]
