@@ -40,15 +40,20 @@ def with_just(capabilities: Sequence[str]) -> list[str]:
 
 
 def contained(bed: Lab, capabilities: Sequence[str]) -> list[str]:
-    """And in a container whose root file system and cgroups are read-only, as in the chart."""
+    """And in a container: one with a cgroup namespace, whose root file system and cgroups are read-only."""
     assert CONTAINER["securityContext"]["readOnlyRootFilesystem"]
     mounts = {mount["name"]: mount for mount in CONTAINER["volumeMounts"]}
     assert mounts["cgroup"]["readOnly"]
     assert not mounts["bpffs"].get("readOnly")
     places = ["/", str(cgroup.mount_point())]
-    script = "".join(f"mount -o remount,bind,ro {place} && " for place in places) + 'exec "$@"'
-    assert bed.bpffs.is_mount()
-    return ["unshare", "--mount", "--propagation", "slave", "sh", "-ec", script, "sh", *with_just(capabilities)]
+    join = f'echo 0 >{bed.world_cgroup}/cgroup.procs && exec "$@"'
+    remount = "".join(f"mount -o remount,bind,ro {place} && " for place in places) + 'exec "$@"'
+    return [
+        *("sh", "-ec", join, "sh"),
+        *("unshare", "--cgroup", "--mount", "--propagation", "slave"),
+        *("sh", "-ec", remount, "sh"),
+        *with_just(capabilities),
+    ]
 
 
 def connection(bed: Lab) -> list[Side]:

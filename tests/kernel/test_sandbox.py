@@ -5,14 +5,18 @@ strace looks over its shoulder while it does all of its work; systemd itself say
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import pytest
 
-from bench.lab import Lab
+from bench.lab import lab
+from bpfrl.bpf import generator
+from tests.kernel.conftest import until
 from tests.kernel.test_capabilities import connection, everything
 from tests.kernel.test_service import Daemon
 
@@ -29,16 +33,20 @@ class Call(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> list[Call]:
+def asked(tmp_path_factory: pytest.TempPathFactory) -> list[Call]:
     """What the daemon asks from its first instruction to its last."""
-    bed: Lab = request.getfixturevalue("shared_bed")
+    if os.geteuid():
+        pytest.skip("needs root")
+    for source in ("limiter.bpf.c", "sockets.bpf.c", "cooperate.bpf.c"):
+        generator.compile_object(source)  # into the cache: an installed daemon has no compiler to start
     trace = tmp_path_factory.mktemp("trace") / "calls"
-    sender, _ = connection(bed)
-    with Daemon(bed, None, within=["strace", "-f", "-qq", "-o", str(trace)]) as node:
-        everything(bed, node, sender)
-        # strace passes it on.
-        node.process.terminate()
-        node.process.wait(20)
+    with pytest.MonkeyPatch.context() as patch, lab() as bed:
+        patch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+        sender, _ = connection(bed)
+        with Daemon(bed, None, within=["strace", "-D", "-f", "-q", "-o", str(trace)]) as node:
+            everything(bed, node, sender)
+            assert node.end(signal.SIGTERM) == 0
+            until(lambda: f"{node.process.pid} +++ exited" in re.sub(" +", " ", trace.read_text(errors="replace")))
     matches = [CALL.match(line) for line in trace.read_text(errors="replace").splitlines()]
     found = [Call(match["name"], match["arguments"]) for match in matches if match]
     assert {"bpf", "setns", "open_by_handle_at"} <= {call.name for call in found}
