@@ -26,7 +26,7 @@ def environment(bed: Lab, tmp_path: Path) -> dict[str, str]:
     shutil.copytree(Path(bpfrl.__file__).parent, tmp_path / "site" / "bpfrl", ignore=shutil.ignore_patterns("compiled"))
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     done = subprocess.run(
-        [sys.executable, "-m", "bpfrl.bpf"],
+        [sys.executable, "-P", "-m", "bpfrl.bpf"],
         env=environment,
         cwd=tmp_path,
         capture_output=True,
@@ -46,7 +46,7 @@ def environment(bed: Lab, tmp_path: Path) -> dict[str, str]:
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-c", RUN, *arguments]
+    return [sys.executable, "-P", "-c", RUN, *arguments]  # not what stands in this folder
 
 
 def test_node_and_master_limit_a_pod_without_a_compiler(bed: Lab, environment: dict[str, str], tmp_path: Path) -> None:
