@@ -15,10 +15,11 @@ from typing import Final, NamedTuple
 import pytest
 
 from bench.lab import lab
-from bpfrl.bpf import generator
 from tests.kernel.conftest import until
-from tests.kernel.test_capabilities import connection, everything
+from tests.kernel.test_capabilities import connection, everything, programs
 from tests.kernel.test_service import Daemon
+
+__all__ = ["programs"]  # a fixture
 
 UNIT: Final = Path(__file__).parents[2] / "deploy" / "systemd" / "bpfrl-node.service"
 # "1234 name(arguments" and no more: a call that another thread's interrupts is told in two halves.
@@ -33,12 +34,10 @@ class Call(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory: pytest.TempPathFactory) -> list[Call]:
+def asked(tmp_path_factory: pytest.TempPathFactory, programs: None) -> list[Call]:  # noqa: ARG001 - it goes first
     """What the daemon asks from its first instruction to its last."""
     if os.geteuid():
         pytest.skip("needs root")
-    for source in ("limiter.bpf.c", "sockets.bpf.c", "cooperate.bpf.c"):
-        generator.compile_object(source)  # into the cache: an installed daemon has no compiler to start
     trace = tmp_path_factory.mktemp("trace") / "calls"
     with pytest.MonkeyPatch.context() as patch, lab() as bed:
         patch.setenv("PYTHONDONTWRITEBYTECODE", "1")

@@ -61,8 +61,9 @@ def test_node_and_master_limit_a_pod_without_a_compiler(bed: Lab, environment: d
         tmp_path / "master.log",
     )
     try:
-        for daemon in (node, master):
-            daemon.start()
+        node.start()
+        wait_for(lambda: "serving on" in node.output(), SECONDS, node.output)
+        master.start()
         wait_for(lambda: bool(items(bed)), SECONDS, lambda: node.output() + master.output())
         [item] = items(bed)
         assert (item["egress"]["limit_bits_per_second"], item["paced"]) == (10_000_000, "all")
