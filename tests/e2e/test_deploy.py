@@ -52,10 +52,8 @@ class Enforcing(RealApi):
                 tokens.write(f'{token},{user(account)},{account},"{",".join(groups())}"\n')
 
     def _command(self) -> list[str]:
-        return [
-            "--authorization-mode=RBAC" if word.startswith("--authorization-mode=") else word
-            for word in super()._command()
-        ]
+        given = [word for word in super()._command() if not word.startswith("--authorization-mode=")]
+        return [*given, "--authorization-mode=RBAC", "--allow-privileged=true"]
 
 
 def user(account: str) -> str:
