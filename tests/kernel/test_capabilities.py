@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -19,10 +19,11 @@ from bench.lab import BPFRL, PEER_ADDRESS, Lab
 from bpfrl import cgroup
 from bpfrl.bpf import generator
 from bpfrl.errors import BpfrlError, RefusedError
-from bpfrl.limits import Change, Limits
+from bpfrl.limits import Change, Limits, PodRef
+from bpfrl.rpc.client import NodeClient
 from bpfrl.units import Rate
 from tests.kernel.conftest import UNPACED, Side, cooperation, entries, flowing, only, peer_end, pod_end, until
-from tests.kernel.test_service import Daemon
+from tests.kernel.test_service import Daemon, program
 from tools.manifests import objects
 
 MBIT: Final = 10**6
@@ -124,13 +125,14 @@ def test_without_one_of_its_capabilities_it_says_what_it_cannot_do(bed: Lab, mis
             everything(bed, node, sender)
             assert warnings(node) == []
             return
+        calls: list[Callable[[NodeClient], Awaitable[Change]]] = [
+            lambda client: client.attach(PodRef(bed.pod_uid), SLOW, program(SLOW), generator.build()),
+            lambda client: client.detach(bed.pod_uid),
+        ]
         refused: list[BpfrlError] = []
-        for call in (
-            lambda: node.attach(bed.pod_uid, SLOW),
-            lambda: node.call(lambda client: client.detach(bed.pod_uid)),
-        ):
+        for call in calls:
             try:
-                call()
+                node.call(call)
             except BpfrlError as error:
                 refused.append(error)
         assert all(isinstance(error, RefusedError) for error in refused), refused

@@ -16,7 +16,7 @@ from bpfrl.errors import ApiError, CertificateError
 from bpfrl.master import certificates
 from bpfrl.master.api import Api
 from bpfrl.rpc import authority, tls
-from tests.unit.fakes import api_server, run
+from tests.unit.fakes import Handler, api_server, run
 
 NAMESPACE = "limits"
 NAMES = [certificates.AUTHORITY, *authority.SECRETS]
@@ -70,11 +70,11 @@ def secrets() -> Secrets:
     return Secrets()
 
 
-def keep(secrets: Secrets, days: int = 30, *, renew: bool = False) -> set[str]:
+def keep(secrets: Secrets, days: int = 30, *, renew: bool = False, answer: Handler | None = None) -> set[str]:
     """Which were made just now; all of them are told of, in order."""
 
     async def work() -> list[tuple[str, bool]]:
-        async with api_server(secrets.answer) as client:
+        async with api_server(answer or secrets.answer) as client:
             return await certificates.keep(Api(client), NAMESPACE, days, renew=renew)
 
     results = run(work())
@@ -220,9 +220,8 @@ def test_a_refusal_is_told(secrets: Secrets) -> None:
     async def refuse(_: web.BaseRequest) -> web.StreamResponse:
         return web.json_response({"message": 'cannot get resource "secrets"'}, status=403)
 
-    secrets.answer = refuse  # type: ignore[method-assign]
     with pytest.raises(ApiError, match='403 Forbidden: cannot get resource "secrets"'):
-        keep(secrets)
+        keep(secrets, answer=refuse)
 
 
 def test_they_are_the_secrets_that_certs_secrets_prints(secrets: Secrets, tmp_path: Path) -> None:

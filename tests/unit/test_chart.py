@@ -384,13 +384,12 @@ def test_the_command_takes_what_the_pods_tell_it(values: Json) -> None:
     seen = set()
     for _, spec in pod_specs(objects(values)):
         for container in spec["containers"]:
-            command: click.Command = cli
-            rest = container["args"]
+            command: click.Command | None = cli
+            rest = [word for word in container["args"] if word != "--verbose"]
             with click.Context(cli, info_name="bpfrl") as context:
                 while isinstance(command, click.Group):
-                    rest = [word for word in rest if word != "--verbose"]
                     _, command, rest = command.resolve_command(context, rest)
-                    assert command is not None
+                assert command is not None
                 seen.add(command.name)
                 command.make_context(command.name, list(rest), parent=context)
     assert {"serve-node", "serve-master"} <= seen
