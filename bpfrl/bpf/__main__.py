@@ -1,7 +1,7 @@
-"""``python -m bpfrl.bpf``: compile this installation's programs into it.
+"""``python -P -m bpfrl.bpf``: compile this installation's programs into it.
 
 For images and packages that are to do without a compiler. An installation whose sources change afterwards compiles
-again.
+again. Without -P, Python would take the bpfrl of the folder that it is called in, if there is one.
 """
 
 from __future__ import annotations
