@@ -33,8 +33,8 @@ proto: install
 	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. \
 		--mypy_out=quiet:. --mypy_grpc_out=quiet:. bpfrl/rpc/node.proto
 
-# After a change of what commands say of themselves, of the annotations, the metrics or the alert rules: completions/,
-# docs/man/, docs/reference.md and docs/metrics.md.
+# After a change of what commands say of themselves, of the annotations, metrics, alerts or the chart: completions/,
+# docs/man/, docs/reference.md, docs/metrics.md and deploy/manifests/.
 generated: install
 	.venv/bin/python -m tools.generated
 

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Final
 
 from bpfrl import libc
-from bpfrl.errors import AmbiguousCgroupError, CgroupNotFoundError, InvalidValueError
+from bpfrl.errors import AmbiguousCgroupError, CgroupNotFoundError, InvalidValueError, PermissionDeniedError
 from bpfrl.limits import PodRef
 from bpfrl.mounts import mounts
 
@@ -44,6 +44,8 @@ _POLL_SHARE: Final = 0.1
 _SHORTEST_POLL_SECONDS: Final = 0.002
 _LONGEST_POLL_SECONDS: Final = 0.1
 _SURVEY_SECONDS: Final = 0.5
+# What a process of another PID namespace is called.
+_ELSEWHERE: Final = "0"
 
 
 def mount_point() -> Path:
@@ -205,17 +207,42 @@ def open_network_namespaces(path: Path) -> list[int]:
     """A descriptor for each network namespace that processes of a cgroup, and of those below it, are in.
 
     They are the caller's to close.
+
+    Raises:
+        PermissionDeniedError: some of the processes are hidden from this one.
     """
     found: dict[int, int] = {}
-    for folder, _, _ in os.walk(path):
-        with contextlib.suppress(OSError):
-            for pid in Path(folder, "cgroup.procs").read_text().split():
+    with contextlib.ExitStack() as undo:
+        for folder, _, _ in os.walk(path):
+            for pid in _processes(Path(folder)):
                 # Opened at once: a process may end at any moment, and its namespace with it.
-                with contextlib.suppress(OSError):
+                try:
                     number = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-                    if found.setdefault(os.fstat(number).st_ino, number) != number:
-                        os.close(number)
+                except PermissionError as error:
+                    raise PermissionDeniedError(
+                        f"the network namespace of process {pid} is hidden: this needs root (CAP_SYS_PTRACE)"
+                    ) from error
+                except OSError:
+                    continue
+                if found.setdefault(os.fstat(number).st_ino, number) == number:
+                    undo.callback(os.close, number)
+                else:
+                    os.close(number)
+        undo.pop_all()
     return list(found.values())
+
+
+def _processes(folder: Path) -> list[str]:
+    """The processes of a cgroup; those that end meanwhile, and cgroups that do, are no error."""
+    try:
+        found = Path(folder, "cgroup.procs").read_text().split()
+    except OSError:
+        return []
+    if _ELSEWHERE in found:
+        raise PermissionDeniedError(
+            f"the processes of {folder} cannot be seen from this PID namespace: run in the machine's own (hostPID)"
+        )
+    return found
 
 
 def _parents(root: Path) -> Iterator[Path]:

@@ -31,6 +31,17 @@ def mounts(kind: str, table: Path = Path("/proc/self/mountinfo")) -> list[Mount]
     return found
 
 
+def are_the_machines(own: Path = Path("/proc/self/ns/mnt"), first: Path = Path("/proc/1/ns/mnt")) -> bool:
+    """True where this process sees the machine's own mounts, those of process 1, and not a container's or sandbox's.
+
+    What is mounted elsewhere ends with the last process there. False also where that cannot be seen.
+    """
+    try:
+        return own.readlink() == first.readlink()
+    except OSError:
+        return False
+
+
 def _unescape(text: str) -> str:
     r"""Space, tab, newline and backslash stand as \ooo in mountinfo."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)

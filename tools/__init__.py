@@ -1,1 +1,1 @@
-"""What is done to this repository, rather than by the product."""
+"""What developers run; nothing of it is installed."""

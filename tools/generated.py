@@ -7,7 +7,7 @@ from typing import Final
 
 from bpfrl.cli import cli
 from bpfrl.commands import completing
-from tools import man, metrics_page
+from tools import man, manifests, metrics_page
 from tools.manual import pages
 from tools.reference import reference
 
@@ -24,7 +24,8 @@ def files() -> dict[Path, str]:
         **{Path("completions", name): completing.script(cli, shell) for shell, name in COMPLETIONS.items()},
         **{Path("docs/man", f"{each.slug}.1"): man.page(each, commands) for each in commands},
         Path("docs/reference.md"): reference(commands),
-        metrics_page.PAGE: metrics_page.page((ROOT / metrics_page.PAGE).read_text()),
+        manifests.MANIFESTS: manifests.manifests(),
+        metrics_page.PAGE: metrics_page.page((metrics_page.ROOT / metrics_page.PAGE).read_text()),
     }
 
 

@@ -4,6 +4,9 @@ clang compiles ``limiter.bpf.c`` once; the result is the same for every pod and 
 name that covers our sources, the flags and the compiler. A pod's object is that template with the pod's limits and
 identity written into its data sections, at the places that the symbol table tells: no compiler runs per pod, and
 anything that reads BPF objects (bpftool, libbpf) can load the result.
+
+An installation may come with its programs compiled (:func:`ship`): where these are of its very sources, they go before
+any compiler and any cache, so that all of its nodes run one build and need no clang.
 """
 
 from __future__ import annotations
@@ -36,6 +39,9 @@ log = logging.getLogger(__name__)
 # -mcpu=v3 has compare-and-swap (kernel 5.12); -g makes the BTF that libbpf needs for maps.
 _FLAGS: Final = ("-target", "bpf", "-mcpu=v3", "-O2", "-g", "-Wall", "-Wextra", "-Werror")
 _SOURCE_SUFFIXES: Final = (".c", ".h")
+_PROGRAM_SUFFIX: Final = ".bpf.c"
+# Beside the sources; each is named for the digest of what it was made of.
+_SHIPPED: Final = "compiled"
 _LAST_LINES: Final = 3
 _DIGEST_BYTES: Final = hashlib.sha256().digest_size
 
@@ -135,13 +141,15 @@ def read_identity(identity: IdentityData) -> PodRef | None:
 
 @cache
 def compile_object(source: str) -> bytes:
-    """Compile one of this package's programs, or take it from the cache.
+    """One of this package's programs: as it was shipped, from the cache, or compiled now.
 
     Raises:
         CompilerError: clang is missing or failed.
     """
     with resources.as_file(resources.files(__package__)) as folder:
         sources = _digest(folder, source)
+        if shipped := _whole(_content(folder / _SHIPPED / f"{sources}.o")):
+            return shipped
         try:
             clang, strip = (_tool(name) for name in ("clang", "llvm-strip"))
         except CompilerError:
@@ -164,6 +172,30 @@ def compile_object(source: str) -> bytes:
             image = output.read_bytes()
     _keep(cached, image)
     return image
+
+
+def ship() -> dict[str, Path]:
+    """Put every program, compiled, beside the sources of this installation, and nothing else there.
+
+    Returns:
+        Where each is, by its source's name.
+
+    Raises:
+        CompilerError: clang is missing or failed.
+        OSError: the installation cannot be written to.
+    """
+    with resources.as_file(resources.files(__package__)) as folder:
+        images = {
+            path.name: compile_object(path.name)
+            for path in sorted(folder.iterdir())
+            if path.name.endswith(_PROGRAM_SUFFIX)
+        }
+        shipped = {source: folder / _SHIPPED / f"{_digest(folder, source)}.o" for source in images}
+        shutil.rmtree(folder / _SHIPPED, ignore_errors=True)
+        (folder / _SHIPPED).mkdir()
+        for source, path in shipped.items():
+            path.write_bytes(_sealed(images[source]))
+    return shipped
 
 
 def _version(tools: tuple[str, ...]) -> str:
@@ -193,7 +225,7 @@ def _cache_folder() -> Path:
 
 
 def _kept(cached: Path) -> bytes | None:
-    """What the cache holds, unless it was damaged (behind the object stands its digest) or is someone else's."""
+    """What the cache holds, unless it was damaged or is someone else's."""
     try:
         with cached.open("rb") as file:
             if os.fstat(file.fileno()).st_uid != os.geteuid():
@@ -201,8 +233,26 @@ def _kept(cached: Path) -> bytes | None:
             content = file.read()
     except OSError:
         return None
-    image, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
-    return image if hashlib.sha256(image).digest() == digest else None
+    return _whole(content)
+
+
+def _content(path: Path) -> bytes:
+    """What a file holds; nothing if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def _sealed(image: bytes) -> bytes:
+    """An object with its digest behind it, as it is kept in files."""
+    return image + hashlib.sha256(image).digest()
+
+
+def _whole(content: bytes) -> bytes | None:
+    """What :func:`_sealed` was given, unless the content is damaged."""
+    image = content[:-_DIGEST_BYTES]
+    return image if image and _sealed(image) == content else None
 
 
 def _keep(cached: Path, image: bytes) -> None:
@@ -211,7 +261,7 @@ def _keep(cached: Path, image: bytes) -> None:
         cached.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cached.parent) as scratch:
             complete = Path(scratch, cached.name)
-            complete.write_bytes(image + hashlib.sha256(image).digest())
+            complete.write_bytes(_sealed(image))
             complete.replace(cached)
     except OSError as error:
         log.warning("no compile cache in %s: %s", cached.parent, error.strerror)

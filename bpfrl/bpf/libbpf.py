@@ -468,10 +468,11 @@ def attached(target: int, kind: AttachType, *, effective: bool) -> Attached:
     found = []
     for number in ids[: count.value]:
         descriptor = _lib().bpf_prog_get_fd_by_id(number)
-        if descriptor >= 0:  # else it is gone meanwhile
-            with Descriptor(descriptor) as program:
-                info = _info(program, _ProgramInfo)
-            found.append(Program(number, info.name.decode(errors="replace"), bytes(info.tag), _kind(info.type)))
+        if descriptor < 0 and ctypes.get_errno() == errno.ENOENT:
+            continue  # gone meanwhile
+        with Descriptor(_check(descriptor, "look what is attached")) as program:
+            info = _info(program, _ProgramInfo)
+        found.append(Program(number, info.name.decode(errors="replace"), bytes(info.tag), _kind(info.type)))
     mode = "multi" if flags.value & _ALLOW_MULTI else "override" if flags.value & _ALLOW_OVERRIDE else "exclusive"
     return Attached(found, mode)
 

@@ -62,3 +62,33 @@ def certs_secrets(folder: Path, namespace: str) -> None:
     from bpfrl.rpc import authority  # noqa: PLC0415
 
     click.echo(authority.secrets(folder, namespace), nl=False)
+
+
+@certs.command("apply")
+@click.option("-n", "--namespace", default="bpfrl", show_default=True, help="The Secrets' namespace.")
+@click.option("--days", type=click.IntRange(1, 36_500), default=365, show_default=True, help="How long they are good.")
+@click.option("--renew", is_flag=True, help="Make all certificates anew, whatever time they have left.")
+@click.option("--kubeconfig", type=FOLDER, metavar="FILE", help="The cluster is this one's.")
+@click.option("--context", help="Which of the kubeconfig's contexts. [default: its current one]")
+def certs_apply(namespace: str, days: int, renew: bool, kubeconfig: Path | None, context: str | None) -> None:
+    """Keep the certificates in a cluster's Secrets, authority included.
+
+    Makes what is missing of bpfrl-ca, bpfrl-node and bpfrl-master, and what is about to expire; what is good is left
+    alone, so that this may be run as often as you like. The nodes and the master read changed Secrets by themselves.
+    The cluster is found as bpfrl serve-master finds it.
+
+    Who may read the Secret bpfrl-ca can limit any pod.
+    """
+    import asyncio  # noqa: PLC0415
+
+    from bpfrl.master import api, certificates  # noqa: PLC0415
+
+    async def keep() -> list[tuple[str, bool]]:
+        client = await api.connect(kubeconfig, context)
+        try:
+            return await certificates.keep(api.Api(client), namespace, days, renew=renew)
+        finally:
+            await client.close()  # type: ignore[no-untyped-call]
+
+    for name, made in asyncio.run(keep()):
+        click.echo(f"secret/{name} {'made' if made else 'kept'}")

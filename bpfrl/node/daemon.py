@@ -16,6 +16,7 @@ from typing import Final
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from bpfrl import mounts
 from bpfrl.bpf import sockets
 from bpfrl.cgroup import CgroupTree
 from bpfrl.errors import BpfrlError, KernelError
@@ -158,6 +159,12 @@ async def _tend_for_ever(service: NodeService, observer: Observer = UNOBSERVED) 
 
 def _warm_up(agent: Agent) -> None:
     """What the first call would otherwise wait for, or fail of: the bpffs, libbpf, and a compiler run."""
+    if not agent.is_mounted() and not mounts.are_the_machines():
+        # Mounted here, it would end with this container, and all limits with it.
+        raise KernelError(
+            f"no BPF file system on {agent.bpffs}, and this is a container or sandbox, whose mounts end with it:"
+            f" have the machine mount one there (mount -t bpf bpf {agent.bpffs}) and let this process see it"
+        )
     agent.mount()
     agent.limiters()
     sockets.prepare()

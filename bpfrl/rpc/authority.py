@@ -13,9 +13,10 @@ from __future__ import annotations
 import base64
 import os
 import tempfile
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import yaml
 from cryptography import x509
@@ -33,14 +34,14 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 from bpfrl.errors import CertificateError
 from bpfrl.rpc import tls
 
-_AUTHORITY_KEY: Final = "ca.key"
+AUTHORITY_KEY: Final = "ca.key"
 _ROLES: Final[dict[str, tuple[str, ObjectIdentifier]]] = {
     "node": (tls.NODE, ExtendedKeyUsageOID.SERVER_AUTH),
     "master": (tls.MASTER, ExtendedKeyUsageOID.CLIENT_AUTH),
     "operator": (tls.OPERATOR, ExtendedKeyUsageOID.CLIENT_AUTH),
 }
-# Those of the daemons, which run in the cluster; people keep theirs in files.
-_DAEMONS: Final = ("node", "master")
+# Each daemon's Secret in a cluster, and its folder; people keep theirs in files.
+SECRETS: Final = {f"bpfrl-{folder}": folder for folder in ("node", "master")}
 _AUTHORITY_DAYS: Final = 3650
 # Clocks differ: a certificate is good a little before it is made.
 _SKEW: Final = timedelta(minutes=5)
@@ -63,9 +64,9 @@ def init(folder: Path, days: int, *, renew: bool = False) -> list[tuple[Path, bo
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     made = not (folder / tls.AUTHORITY_FILE).exists()
-    if made and (folder / _AUTHORITY_KEY).exists():
+    if made and (folder / AUTHORITY_KEY).exists():
         raise CertificateError(
-            f"{folder} has {_AUTHORITY_KEY} without {tls.AUTHORITY_FILE}: copy that back from {folder / 'node'}"
+            f"{folder} has {AUTHORITY_KEY} without {tls.AUTHORITY_FILE}: copy that back from {folder / 'node'}"
         )
     if made:
         _make_authority(folder, timedelta(days=max(days, _AUTHORITY_DAYS)))
@@ -90,21 +91,28 @@ def secrets(folder: Path, namespace: str) -> str:
     Raises:
         CertificateError: they are not there, or cannot be used.
     """
-    documents = []
-    for name in _DAEMONS:
-        role, _ = _ROLES[name]
-        bundle = tls.Certificates(folder / name, role).current()
+    return yaml.safe_dump_all(role_secrets(folder, namespace), sort_keys=False)
+
+
+def role_secrets(folder: Path, namespace: str) -> list[dict[str, Any]]:
+    """The certificates as Kubernetes Secrets, one for each daemon; the authority's key is in none. As :func:`secrets`."""
+    found = []
+    for name, own in SECRETS.items():
+        bundle = tls.Certificates(folder / own, _ROLES[own][0]).current()
         files = zip((tls.AUTHORITY_FILE, tls.CERTIFICATE_FILE, tls.KEY_FILE), bundle, strict=True)
-        documents.append(
-            {
-                "apiVersion": "v1",
-                "kind": "Secret",
-                "metadata": {"name": f"bpfrl-{name}", "namespace": namespace},
-                "type": "kubernetes.io/tls",
-                "data": {file: base64.b64encode(content).decode() for file, content in files},
-            }
-        )
-    return yaml.safe_dump_all(documents, sort_keys=False)
+        found.append(secret(name, namespace, dict(files)))
+    return found
+
+
+def secret(name: str, namespace: str, files: Mapping[str, bytes]) -> dict[str, Any]:
+    """Files as a Kubernetes Secret for TLS."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": name, "namespace": namespace},
+        "type": "kubernetes.io/tls",
+        "data": {file: base64.b64encode(content).decode() for file, content in files.items()},
+    }
 
 
 def _make_authority(folder: Path, validity: timedelta) -> None:
@@ -116,7 +124,7 @@ def _make_authority(folder: Path, validity: timedelta) -> None:
         .add_extension(_usage(signs_certificates=True), critical=True)
         .sign(key, hashes.SHA256())
     )
-    _write(folder / _AUTHORITY_KEY, _pem(key), 0o600)
+    _write(folder / AUTHORITY_KEY, _pem(key), 0o600)
     _write(folder / tls.AUTHORITY_FILE, certificate.public_bytes(Encoding.PEM), 0o644)
 
 
@@ -178,13 +186,13 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
 def _load_authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
     try:
         certificate = x509.load_pem_x509_certificate((folder / tls.AUTHORITY_FILE).read_bytes())
-        key = load_pem_private_key((folder / _AUTHORITY_KEY).read_bytes(), None)
+        key = load_pem_private_key((folder / AUTHORITY_KEY).read_bytes(), None)
     except OSError as error:
         raise CertificateError(f"{error.filename}: {error.strerror}") from error
     except (ValueError, TypeError) as error:
         raise CertificateError(f"{folder}: the authority's files are damaged ({error})") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
-        raise CertificateError(f"{folder}: {_AUTHORITY_KEY} is not the key of {tls.AUTHORITY_FILE}")
+        raise CertificateError(f"{folder}: {AUTHORITY_KEY} is not the key of {tls.AUTHORITY_FILE}")
     return certificate, key
 
 

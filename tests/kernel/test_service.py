@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -1053,13 +1053,18 @@ def test_who_cannot_show_a_certificate_is_not_listened_to(bed: Lab, pki: Path) -
 
 
 class Daemon:
-    """bpfrl serve-node, as a process of its own; its log is a file."""
+    """bpfrl serve-node, as a process of its own; its log is a file.
 
-    def __init__(self, bed: Lab, pki: Path | None, place: str = "127.0.0.1:0", *options: str) -> None:
+    Its command line may stand behind another one, ``within``, that takes something away from it.
+    """
+
+    def __init__(
+        self, bed: Lab, pki: Path | None, place: str = "127.0.0.1:0", *options: str, within: Sequence[str] = ()
+    ) -> None:
         self._bed = bed
         self._pki = pki
         trust = ["--certs", str(pki / "node")] if pki else ["--insecure"]
-        self._command = [BPFRL, "serve-node", "--listen", place, *trust, *options]
+        self._command = [*within, BPFRL, "serve-node", "--listen", place, *trust, *options]
         self._file = bed.bpffs.with_name(f"{bed.bpffs.name}.{uuid.uuid4().hex[:6]}.log")
         self.port = 0
 

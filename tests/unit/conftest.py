@@ -24,6 +24,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache of this run's own, in which each program is compiled once, and none of the operator's settings."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        # What make objects may have left in this checkout is not what is tested.
+        patch.setattr(generator, "_SHIPPED", "compiled-for-tests")
         for name in ("BPFRL_BPFFS", "BPFRL_CGROUP_ROOT", "COLUMNS", "FORCE_COLOR", "NO_COLOR"):
             patch.delenv(name, raising=False)
         forget_programs()

@@ -13,7 +13,7 @@ import pytest
 
 from bpfrl import cgroup
 from bpfrl.cgroup import CgroupTree, Search
-from bpfrl.errors import AmbiguousCgroupError, CgroupNotFoundError, InvalidValueError
+from bpfrl.errors import AmbiguousCgroupError, CgroupNotFoundError, InvalidValueError, PermissionDeniedError
 from bpfrl.mounts import mounts
 from tests.unit.conftest import make
 
@@ -497,3 +497,29 @@ def test_a_cgroup_without_processes_or_gone_has_no_namespaces(tmp_path: Path) ->
     tmp_path.joinpath("cgroup.procs").touch()
     assert cgroup.open_network_namespaces(tmp_path) == []
     assert cgroup.open_network_namespaces(tmp_path / "gone") == []
+
+
+def test_processes_of_another_pid_namespace_are_not_taken_for_none(tmp_path: Path) -> None:
+    tmp_path.joinpath("cgroup.procs").write_text("0\n0\n")
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(PermissionDeniedError, match="hostPID"):
+        cgroup.open_network_namespaces(tmp_path)
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_hidden_processes_are_not_taken_for_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what was opened of others by then is closed again."""
+    hidden = os.getppid()
+    tmp_path.joinpath("cgroup.procs").write_text(f"{os.getpid()}\n{hidden}\n")
+    opened = os.open
+
+    def refuse(path: str, *arguments: int) -> int:
+        if path == f"/proc/{hidden}/ns/net":
+            raise PermissionError(13, os.strerror(13), path)
+        return opened(path, *arguments)
+
+    monkeypatch.setattr(os, "open", refuse)
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(PermissionDeniedError, match=rf"process {hidden} is hidden: this needs root \(CAP_SYS_PTRACE\)"):
+        cgroup.open_network_namespaces(tmp_path)
+    assert set(os.listdir("/proc/self/fd")) == before

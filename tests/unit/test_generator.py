@@ -26,6 +26,7 @@ from tests.unit.conftest import forget_programs, make
 
 POD = PodRef("8c4a6c1e-0f6b-4c0e-9d0b-0a5f5a3a7f10", "shop", "cart-0")
 LIMITS = Limits(Rate(10**7), Rate(2 * 10**6), 65_536)
+SOURCES = Path(generator.__file__).parent
 DATA = {"limits": (".data.limits", LimitsData), "identity": (".rodata.identity", IdentityData)}
 
 rates = st.none() | st.integers(Rate.MIN_BITS, Rate.MAX_BITS).map(Rate)
@@ -463,6 +464,72 @@ def test_a_failing_compiler_is_one_line_with_its_reason(tools: Toolbox, script: 
     assert "error 4" not in text
     assert text.isprintable()
     assert tools.kept == []
+
+
+# What an installation comes with. The sources are a copy, so that nothing is put into this checkout.
+
+
+def shipped(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """An installation with its programs compiled, in which nothing is left that could compile them again."""
+    copied_sources(folder, patch)
+    found = generator.ship()
+    patch.setenv("PATH", str(make(folder.with_name("no-tools"))))
+    patch.setenv("XDG_CACHE_HOME", str(folder.with_name("no-cache")))
+    forget_programs()
+    return found
+
+
+def test_what_is_shipped_needs_neither_a_compiler_nor_a_cache(
+    tools: Toolbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = {path.name: generator.compile_object(path.name) for path in SOURCES.glob("*.bpf.c")}
+    built = generator.build()
+    assert set(shipped(tmp_path / "installed", monkeypatch)) == set(compiled)
+    runs = tools.runs
+    assert {source: generator.compile_object(source) for source in compiled} == compiled
+    assert generator.build() == built
+    assert tools.runs == runs
+    assert not (tmp_path / "no-cache").exists()
+
+
+@pytest.mark.usefixtures("tools")
+def test_what_is_shipped_goes_before_this_machines_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied_sources(tmp_path / "installed", monkeypatch)
+    place, other = generator.ship()["limiter.bpf.c"], generator.compile_object("sockets.bpf.c")
+    place.write_bytes(generator._sealed(other))
+    forget_programs()
+    assert generator.compile_object("limiter.bpf.c") == other
+
+
+@pytest.mark.usefixtures("tools")
+@pytest.mark.parametrize("damage", [lambda _: b"", lambda content: content[1:], lambda content: content[:-1]])
+def test_damaged_shipped_programs_are_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[bytes], bytes]
+) -> None:
+    place = shipped(tmp_path / "installed", monkeypatch)["limiter.bpf.c"]
+    place.write_bytes(damage(place.read_bytes()))
+    with pytest.raises(CompilerError, match="clang is not installed"):
+        generator.compile_object("limiter.bpf.c")
+
+
+@pytest.mark.usefixtures("tools")
+def test_shipped_programs_of_other_sources_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped(tmp_path / "installed", monkeypatch)
+    with (tmp_path / "installed" / "clock.h").open("a") as header:
+        header.write("/* changed */\n")
+    with pytest.raises(CompilerError, match="clang is not installed"):
+        generator.compile_object("limiter.bpf.c")
+
+
+@pytest.mark.usefixtures("tools")
+def test_shipping_again_leaves_nothing_of_older_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = copied_sources(tmp_path / "installed", monkeypatch) / "limiter.bpf.c"
+    before = set(generator.ship().values())
+    source.write_text(f"{source.read_text()}\n/* changed */\n")
+    forget_programs()
+    after = set(generator.ship().values())
+    assert before.isdisjoint(after)
+    assert {*next(iter(after)).parent.iterdir()} == after
 
 
 def test_the_objects_sections_keep_what_loaders_need_and_no_more(image: bytes) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bpfrl.mounts import Mount, mounts
+from bpfrl.mounts import Mount, are_the_machines, mounts
 
 # proc_pid_mountinfo(5): id parent major:minor root path options [optional fields] - type source options
 TABLE = r"""22 27 0:21 / /proc rw,relatime - proc proc rw
@@ -69,3 +69,14 @@ def test_a_path_that_is_no_text_is_kept_byte_for_byte(tmp_path: Path) -> None:
 
 def test_this_processes_own_mounts_are_read_by_default() -> None:
     assert Path("/proc") in [mount.path for mount in mounts("proc")]
+
+
+def test_mounts_are_the_machines_where_process_1_sees_the_same(tmp_path: Path) -> None:
+    own, first = tmp_path / "own", tmp_path / "first"
+    own.symlink_to("mnt:[4026531841]")
+    assert not are_the_machines(own, first)
+    first.symlink_to("mnt:[4026531841]")
+    assert are_the_machines(own, first)
+    first.unlink()
+    first.symlink_to("mnt:[4026532000]")
+    assert not are_the_machines(own, first)
