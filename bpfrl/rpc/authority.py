@@ -95,7 +95,7 @@ def secrets(folder: Path, namespace: str) -> str:
 
 
 def role_secrets(folder: Path, namespace: str) -> list[dict[str, Any]]:
-    """The certificates as Kubernetes Secrets, one for each daemon; the authority's key is in none. As :func:`secrets`."""
+    """The certificates as Kubernetes Secrets, one a daemon; the authority's key is in none. As :func:`secrets`."""
     found = []
     for name, own in SECRETS.items():
         bundle = tls.Certificates(folder / own, _ROLES[own][0]).current()
