@@ -20,7 +20,7 @@ READS_ENVIRONMENT = re.compile(r"""environ(?:\.get\(|\[)"(\w+)"|"(\w+)" (?:not )
 
 def rendered(page: Path, width: int = 200) -> str:
     """A page as man shows it at a terminal of some columns, without bold letters."""
-    command: list[str | Path] = ["groff", "-man", "-Tutf8", "-ww", f"-rLL={width}n", page]
+    command = ["groff", "-man", "-Tutf8", "-ww", f"-rLL={width}n", str(page)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
     assert done.stderr == ""
     return re.sub(r"\x1b\[[0-9;]*m|.\x08", "", done.stdout)
