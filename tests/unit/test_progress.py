@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""The progress bar and its word, at a terminal of their own, for they are for those alone."""
-=======
 """What is drawn and drawn again, at a terminal of its own, for it is for those alone."""
->>>>>>> remote
 
 from __future__ import annotations
 
@@ -35,7 +31,6 @@ print("the end")
 """
 
 
-<<<<<<< HEAD
 WAIT = """
 import sys, time
 from bpfrl.commands import progress
@@ -48,12 +43,6 @@ print("the end")
 """
 
 
-def at_a_terminal(patience: float, pause: float, *, piped: bool, work: str = WORK) -> tuple[str, str]:
-    """What is drawn at a terminal, and what is piped elsewhere, by work of four steps."""
-    controller, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "TERM": "xterm"}
-=======
 def at_a_terminal(
     patience: float, pause: float, *, piped: bool, work: str = WORK, columns: int = 80, status: int = 0
 ) -> tuple[str, str]:
@@ -61,7 +50,6 @@ def at_a_terminal(
     controller, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "TERM": "xterm", "LANG": "C.UTF-8"}
->>>>>>> remote
     command = [sys.executable, "-c", work, str(patience), str(pause)]
     stdout = subprocess.PIPE if piped else terminal
     done = subprocess.run(command, stdout=stdout, stderr=terminal, env=environment, check=False, timeout=30)
