@@ -69,15 +69,24 @@ def certs_secrets(folder: Path, namespace: str) -> None:
 @click.option("--days", type=click.IntRange(1, 36_500), default=365, show_default=True, help="How long they are good.")
 @click.option("--renew", is_flag=True, help="Make all certificates anew, whatever time they have left.")
 @click.option("--kubeconfig", type=FOLDER, metavar="FILE", help="The cluster is this one's.")
-@click.option("--context", help="Which of the kubeconfig's contexts. [default: its current one]")
+@click.option(
+    "--context",
+    shell_complete=completing.contexts,
+    help="Which of the kubeconfig's contexts. [default: its current one]",
+)
 def certs_apply(namespace: str, days: int, renew: bool, kubeconfig: Path | None, context: str | None) -> None:
     """Keep the certificates in a cluster's Secrets, authority included.
 
-    Makes what is missing of bpfrl-ca, bpfrl-node and bpfrl-master, and what is about to expire; what is good is left
-    alone, so that this may be run as often as you like. The nodes and the master read changed Secrets by themselves.
-    The cluster is found as bpfrl serve-master finds it.
+    Makes what is missing of bpfrl-ca, bpfrl-node, bpfrl-master and bpfrl-operator, and what is about to expire; what is
+    good is left alone, so that this may be run as often as you like. The nodes and the master read changed Secrets by
+    themselves. The cluster is found as bpfrl serve-master finds it.
 
-    Who may read the Secret bpfrl-ca can limit any pod.
+    Who may read the Secret bpfrl-ca can limit any pod. bpfrl-operator is for people, who may look with it.
+
+    \b
+    EXAMPLES
+      bpfrl certs apply -n bpfrl
+      kubectl get secret bpfrl-operator -n bpfrl -o json | jq -r '.data["tls.crt"]' | base64 -d
     """
     import asyncio  # noqa: PLC0415
 

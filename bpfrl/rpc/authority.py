@@ -13,7 +13,7 @@ from __future__ import annotations
 import base64
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -40,8 +40,10 @@ _ROLES: Final[dict[str, tuple[str, ObjectIdentifier]]] = {
     "master": (tls.MASTER, ExtendedKeyUsageOID.CLIENT_AUTH),
     "operator": (tls.OPERATOR, ExtendedKeyUsageOID.CLIENT_AUTH),
 }
-# Each daemon's Secret in a cluster, and its folder; people keep theirs in files.
-SECRETS: Final = {f"bpfrl-{folder}": folder for folder in ("node", "master")}
+# Each role's Secret in a cluster, and its folder.
+SECRETS: Final = {f"bpfrl-{folder}": folder for folder in _ROLES}
+# Those of the daemons: people who have a folder keep theirs there.
+_DAEMONS: Final = ("bpfrl-node", "bpfrl-master")
 _AUTHORITY_DAYS: Final = 3650
 # Clocks differ: a certificate is good a little before it is made.
 _SKEW: Final = timedelta(minutes=5)
@@ -91,13 +93,14 @@ def secrets(folder: Path, namespace: str) -> str:
     Raises:
         CertificateError: they are not there, or cannot be used.
     """
-    return yaml.safe_dump_all(role_secrets(folder, namespace), sort_keys=False)
+    return yaml.safe_dump_all(role_secrets(folder, namespace, _DAEMONS), sort_keys=False)
 
 
-def role_secrets(folder: Path, namespace: str) -> list[dict[str, Any]]:
-    """The certificates as Kubernetes Secrets, one a daemon; the authority's key is in none. As :func:`secrets`."""
+def role_secrets(folder: Path, namespace: str, names: Iterable[str] = SECRETS) -> list[dict[str, Any]]:
+    """The certificates as Kubernetes Secrets, one for each role; the authority's key is in none. As :func:`secrets`."""
     found = []
-    for name, own in SECRETS.items():
+    for name in names:
+        own = SECRETS[name]
         bundle = tls.Certificates(folder / own, _ROLES[own][0]).current()
         files = zip((tls.AUTHORITY_FILE, tls.CERTIFICATE_FILE, tls.KEY_FILE), bundle, strict=True)
         found.append(secret(name, namespace, dict(files)))
