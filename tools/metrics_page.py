@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import textwrap
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -35,6 +36,7 @@ OURS: Final = "bpfrl_"
 _BLOCK: Final = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 # What a histogram's samples have besides the labels of the metric.
 _BUCKET: Final = "le"
+_WIDTH: Final = 120
 
 
 class Metric(NamedTuple):
@@ -162,7 +164,6 @@ def _table(metrics: Iterable[Metric]) -> Iterable[str]:
 
 def _alert(rule: dict[str, Any]) -> str:
     expression = " ".join(rule["expr"].split())
-    return (
-        f"### {rule['alert']}\n\n{rule['labels']['severity'].capitalize()}, after {rule['for']} of `{expression}`\n\n"
-        f"{' '.join(rule['annotations']['description'].split())}\n\n"
-    )
+    when = f"{rule['labels']['severity'].capitalize()}, after {rule['for']} of `{expression}`"
+    text = textwrap.fill(rule["annotations"]["description"], _WIDTH, break_on_hyphens=False)
+    return f"### {rule['alert']}\n\n{when}\n\n{text}\n\n"

@@ -80,6 +80,7 @@ def _serve(daemon: Coroutine[Any, Any, None], log_format: str, context: click.Co
     help="Have pods that send keep to what limited receivers ask for, on this node and others.",
 )
 @daemon_options
+@_monitoring_options
 @click.option(
     "--pod-labels/--no-pod-labels",
     default=True,
@@ -94,7 +95,6 @@ def _serve(daemon: Coroutine[Any, Any, None], log_format: str, context: click.Co
     metavar="N",
     help="In metrics, tell at most so many pods one by one.",
 )
-@_monitoring_options
 @click.pass_context
 def serve_node(
     context: click.Context,
@@ -171,6 +171,7 @@ def serve_node(
     help="How long others wait for a leader that says nothing.",
 )
 @daemon_options
+@_monitoring_options
 @click.option(
     "--max-nodes-in-metrics",
     type=click.IntRange(0),
@@ -179,7 +180,6 @@ def serve_node(
     metavar="N",
     help="In metrics, tell at most so many nodes one by one, first those that do not answer.",
 )
-@_monitoring_options
 @click.pass_context
 def serve_master(
     context_: click.Context,
