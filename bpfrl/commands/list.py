@@ -206,15 +206,29 @@ def _watch(place: _Place, sort_by: str | None, *, wide: bool) -> None:
             found = place.look()
             rows = history.follow(found.rows, found.silent)
             rows = render.sort(rows, sort_by) if sort_by else rows
-            table = render.table(rows, view=place.view, wide=wide, rates=True, drawn=live is not None)
             below = [Text(line, style="red", no_wrap=True) for line in found.complaints]
-            drawn = Group(table, *(below if below or rows else [Text(place.nothing())]))
+            if not (rows or below):
+                below = [Text(place.nothing())]
+            if live:
+                rows, left_out = _fitting(rows, console.height - len(below))
+                below = [Text(f"and {left_out} more"), *below] if left_out else below
+            table = render.table(rows, view=place.view, wide=wide, rates=True, drawn=live is not None)
+            drawn = Group(table, *below)
             if live:
                 live.update(drawn, refresh=True)
             else:
                 console.print(drawn)
             took = time.monotonic() - began
             time.sleep(max(_REDRAW_SECONDS - took, _SHORTEST_PAUSE_SECONDS))
+
+
+def _fitting(rows: list[Row], height: int) -> tuple[list[Row], int]:
+    """The first rows, as many as fit on a terminal below their header, and how many do not."""
+    room = max(height - 2, 1)  # the header, and where the cursor stands
+    if len(rows) <= room:
+        return rows, 0
+    shown = max(room - 1, 1)
+    return rows[:shown], len(rows) - shown
 
 
 def _console(*, cut: bool = False) -> Console:

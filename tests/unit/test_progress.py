@@ -160,6 +160,31 @@ def test_a_list_that_is_watched_draws_pictures_and_leaves_the_last_ones_there() 
     assert "\x1b[?25h" in drawn
 
 
+MANY = """
+import time
+from bpfrl.bpf.layout import Counters
+from bpfrl.bpf.limiter import Status
+from bpfrl.cli import cli
+from bpfrl.limits import Limits, PodRef
+from bpfrl.node.agent import Agent
+from bpfrl.units import Rate
+def sleep(_):
+    raise KeyboardInterrupt
+time.sleep = sleep
+pods = [PodRef(f"{number:032x}", "shop", f"cart-{number}") for number in range(40)]
+Agent.limiters = lambda self: [Status(pod, Limits(Rate(1000)), Counters(), Counters(), 7, 0.0) for pod in pods]
+cli.main(["list", "--watch"])
+"""
+
+
+def test_of_more_limiters_than_there_are_lines_the_first_are_drawn() -> None:
+    drawn, _ = at_a_terminal(0, 0, piped=False, work=MANY, columns=160, status=130)
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn).splitlines()
+    # It is drawn once more at the end.
+    assert [line.split()[0] for line in lines if "cart-" in line] == [f"shop/cart-{n}" for n in range(21)] * 2
+    assert "and 19 more" in lines
+
+
 def test_without_a_terminal_there_is_none(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bpfrl.commands.progress._PATIENCE_SECONDS", 0.0)
     with progress("working", 1) as done:
