@@ -1,5 +1,5 @@
 # Everything runs as root: BPF programs are loaded, namespaces and cgroups are made.
-.PHONY: demo test lint bench bench-cluster install manifests proto requirements
+.PHONY: demo test lint bench bench-cluster install manifests proto metrics-page requirements
 
 demo: install
 	.venv/bin/python -m bench.demo
@@ -36,6 +36,10 @@ manifests: install
 proto: install
 	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. \
 		--mypy_out=quiet:. --mypy_grpc_out=quiet:. bpfrl/rpc/node.proto
+
+# After a change of the daemons' metrics, or of the alert rules.
+metrics-page: install
+	.venv/bin/python -m tools.metrics_page
 
 # After a change of pyproject.toml's dependencies.
 requirements: install

@@ -24,6 +24,8 @@ from bench.traffic import (
 _MTU: Final = 1500
 _ETHERNET: Final = 14
 
+_BEGIN: Final = "<!-- measured: written by bench/report.py -->"
+_END: Final = "<!-- end -->"
 _HEAD: Final = """\
 <!-- Made by bench/report.py from bench/results/latest.json: run `make bench`, do not edit. -->
 # Benchmarks
@@ -99,6 +101,13 @@ def write(results: Results, path: Path, pictures: Mapping[Picture, Path]) -> Non
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n\n".join(part.strip() for part in parts) + "\n")
+
+
+def fill(results: Results, path: Path) -> None:
+    """Put the figures that a page written by hand has room for in between its two marks."""
+    before, begin, rest = path.read_text().partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    path.write_text(f"{before}{begin}\n{summary.spreads(results)}\n{end}{after}")
 
 
 def _shown(picture: Picture, place: Path, folder: Path) -> str:

@@ -30,6 +30,7 @@ from bpfrl.errors import InvalidValueError
 from bpfrl.units import Rate
 
 _REPOSITORY: Final = Path(__file__).parent.parent
+_COMPARISON: Final = _REPOSITORY / "docs" / "comparison.md"
 _BEFORE: Final = Path(__file__).with_name("results") / "before.json"
 _FAR_SECONDS: Final = 3
 # To build a lab, to attach, to let queues run empty and to detach: what a run takes besides its traffic; and a wire.
@@ -227,6 +228,8 @@ def main(
     results = _load(places.figures)
     pictures = plots.write(results, places.pictures)
     report.write(results, places.page, pictures)
+    if output is None:
+        report.fill(results, _COMPARISON)
     for place in (places.figures, places.page, *pictures.values()):
         click.echo(place)
 

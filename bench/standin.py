@@ -526,6 +526,7 @@ class Server:
         application = web.Application(middlewares=[self._answer_failures], client_max_size=_MAX_BODY)
         router = application.router
         router.add_get("/readyz", _ready)
+        router.add_get("/version", _version)
         router.add_get("/faults", self._report)
         router.add_post("/faults", self._set_faults)
         for table in self.store.tables.values():
@@ -864,6 +865,10 @@ def _json(content: object, code: int = 200, headers: Mapping[str, str] | None = 
 
 def _encoded(body: bytes, code: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
     return web.Response(body=body, status=code, headers=headers, content_type="application/json")
+
+
+async def _version(_: web.Request) -> web.Response:
+    return web.json_response({"major": "1", "minor": "20", "gitVersion": "v1.20.0-standin"})
 
 
 async def _ready(_request: web.Request) -> web.Response:

@@ -84,7 +84,16 @@ def _furthest(score: Score) -> str:
 
 
 def at_a_glance(results: Results) -> str:
-    """One line for each limiter in each group."""
+    """The section with :func:`spreads`."""
+    note = (
+        "The median of the cases, and in brackets the lowest and the highest. Layer 3 is a share of the limit; p50 and"
+        " p99 are what requests take longer than the way itself. Not all limiters were measured in all cases."
+    )
+    return section("At a glance", note, spreads(results))
+
+
+def spreads(results: Results) -> str:
+    """A table with a line for each limiter in each group."""
     lines = [
         [GROUPS[group], NAMES[limiter], *_spreads(members)]
         for group in TRAFFIC
@@ -92,11 +101,7 @@ def at_a_glance(results: Results) -> str:
         if (members := usual(results.rows, group, limiter))
     ]
     header = ("traffic", "limiter", "cases", "layer 3", "Jain", "p50", "p99", "drops", "sent again")
-    note = (
-        "The median of the cases, and in brackets the lowest and the highest. Layer 3 is a share of the limit; p50 and"
-        " p99 are what requests take longer than the way itself. Not all limiters were measured in all cases."
-    )
-    return section("At a glance", note, table(header, lines, 2))
+    return table(header, lines, 2)
 
 
 def _spreads(members: Sequence[Measured]) -> list[str]:

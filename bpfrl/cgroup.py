@@ -97,6 +97,14 @@ class CgroupTree:
         parents = list(_parents(self.root))
         return [folder for folder in parents if folder.parent not in parents]
 
+    def pods(self) -> list[Path]:
+        """The cgroups of all pods that are here now."""
+        found = []
+        for folder in _parents(self.root):
+            stem = _pod_folder(folder, "").removesuffix(_SLICE)
+            found += [each for each in folder.iterdir() if each.name.startswith(stem) and each.is_dir()]
+        return found
+
     def survey_due(self) -> bool:
         """True when it is worth it to walk the tree again, whoever has done so last."""
         return time.monotonic() - self._surveyed_at >= _SURVEY_SECONDS

@@ -18,6 +18,8 @@ from bpfrl import __version__
 from bpfrl.commands.attach import attach
 from bpfrl.commands.certs import certs
 from bpfrl.commands.detach import detach
+from bpfrl.commands.doctor import doctor
+from bpfrl.commands.explain import explain
 from bpfrl.commands.generate import generate
 from bpfrl.commands.list import list_
 from bpfrl.commands.options import FAILURE, FOLDER, LocalNode
@@ -116,7 +118,7 @@ def cli(context: click.Context, verbose: int, bpffs: Path, cgroup_root: Path | N
     context.obj = LocalNode(bpffs, cgroup_root)
 
 
-for _command in (generate, attach, detach, list_, serve_node, serve_master, certs):
+for _command in (generate, attach, detach, list_, explain, doctor, serve_node, serve_master, certs):
     cli.add_command(_command)
 
 

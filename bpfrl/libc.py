@@ -1,4 +1,4 @@
-"""The three system calls that bpfrl needs and Python 3.11 does not have."""
+"""The four system calls that bpfrl needs and Python 3.11 does not have."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ def mount(kind: str, target: Path, flags: int, options: str) -> None:
 def setns(namespace: int, kind: int) -> None:
     """Move the calling thread into the namespace of a descriptor (setns(2)). Raises OSError."""
     _check(_libc.setns(namespace, kind))
+
+
+def unshare(kinds: int) -> None:
+    """Move the calling thread into new namespaces of these kinds (unshare(2)). Raises OSError."""
+    _check(_libc.unshare(kinds))
 
 
 def open_kernfs(mounted: int, node: int) -> int:

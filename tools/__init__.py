@@ -1,1 +1,1 @@
-"""What developers run; nothing of it is installed."""
+"""What installs, and writes what is generated."""

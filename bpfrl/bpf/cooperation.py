@@ -15,7 +15,7 @@ from typing import Final
 
 from bpfrl import cgroup
 from bpfrl.bpf import generator, libbpf, sockets
-from bpfrl.bpf.libbpf import AttachType, LoadedObject
+from bpfrl.bpf.libbpf import AttachType, Cost, LoadedObject
 from bpfrl.errors import BpfrlError, KernelError
 
 log = logging.getLogger(__name__)
@@ -100,6 +100,15 @@ def detach(cgroup_id: int, bpffs: Path) -> bool:
 def attached(bpffs: Path) -> list[int]:
     """The ids of the cgroups whose pods cooperate."""
     return sorted(number for folder, number in _folders(bpffs) if _attached_to(folder))
+
+
+def costs(bpffs: Path) -> list[Cost]:
+    """What the programs of all cooperations have cost; one that cannot be looked at is left out."""
+    found = []
+    for folder, _ in _folders(bpffs):
+        with suppress(KernelError), libbpf.open_pinned(folder / _PROGRAM) as program:
+            found.append(libbpf.cost(program))
+    return found
 
 
 def sweep(bpffs: Path) -> list[int]:

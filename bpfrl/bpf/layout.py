@@ -74,7 +74,13 @@ class CountersData(Structure):
 class VisitData(Structure):
     """struct bpfrl_visit (sockets.bpf.c)."""
 
-    _fields_ = (("cgroup", c_uint64), ("callbacks", c_uint64), ("done", c_uint64), ("refused", c_uint64))
+    _fields_ = (
+        ("cgroup", c_uint64),
+        ("callbacks", c_uint64),
+        ("done", c_uint64),
+        ("refused", c_uint64),
+        ("paced", c_uint64),
+    )
 
 
 @dataclass(frozen=True, slots=True)

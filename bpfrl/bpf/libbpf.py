@@ -15,6 +15,7 @@ import ctypes
 import errno
 import os
 import re
+import struct
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -48,11 +49,18 @@ _OBJECT_NAME: Final = b"bpfrl"
 # libbpf puts the object's name before the names of some sections' maps.
 _SECTION_MAP: Final = re.compile(rf"{_OBJECT_NAME.decode()}(?=\.)")
 _READ_BYTES: Final = 1 << 16
-
+_INSTRUCTION_BYTES: Final = 8
+_LICENSE: Final = b"Dual BSD/GPL"
+# linux/btf.h: a header, one type, which is a signed integer of 32 bits, and its name.
+_BTF_OF_INT: Final = struct.pack("=HBBIIIII", 0xEB9F, 1, 0, 24, 0, 16, 16, 5) + struct.pack(
+    "=IIII5s", 1, 1 << 24, 4, 1 << 24 | 32, b"\0int\0"
+)
 
 # linux/bpf.h
 _LINK_TYPE_CGROUP: Final = 3
 _QUERY_EFFECTIVE: Final = 1
+_ALLOW_OVERRIDE: Final = 1
+_ALLOW_MULTI: Final = 2
 # The kernel lets 64 programs attach to one cgroup (BPF_CGROUP_MAX_PROGS); the levels above add theirs.
 _QUERY_PROGRAMS: Final = 1024
 
@@ -71,6 +79,7 @@ class ProgramType(IntEnum):
 
     CGROUP_SKB = 8
     SOCK_OPS = 13
+    TRACING = 26
 
 
 class MapType(IntEnum):
@@ -120,6 +129,47 @@ class _OpenOptions(Structure):
     )
 
 
+class _ProgramOptions(Structure):
+    """struct bpf_prog_load_opts (bpf/bpf.h)."""
+
+    _fields_ = (
+        ("sz", c_size_t),
+        ("attempts", c_int),
+        ("expected_attach_type", c_int),
+        ("prog_btf_fd", c_uint32),
+        ("prog_flags", c_uint32),
+        ("prog_ifindex", c_uint32),
+        ("kern_version", c_uint32),
+        ("attach_btf_id", c_uint32),
+        ("attach_prog_fd", c_uint32),
+        ("attach_btf_obj_fd", c_uint32),
+        ("fd_array", c_void_p),
+        ("func_info", c_void_p),
+        ("func_info_cnt", c_uint32),
+        ("func_info_rec_size", c_uint32),
+        ("line_info", c_void_p),
+        ("line_info_cnt", c_uint32),
+        ("line_info_rec_size", c_uint32),
+        ("log_level", c_uint32),
+        ("log_size", c_uint32),
+        ("log_buf", c_void_p),
+    )
+
+
+class _MapOptions(Structure):
+    """struct bpf_map_create_opts (bpf/bpf.h), without its last fields."""
+
+    _fields_ = (
+        ("sz", c_size_t),
+        ("btf_fd", c_uint32),
+        ("btf_key_type_id", c_uint32),
+        ("btf_value_type_id", c_uint32),
+        ("btf_vmlinux_value_type_id", c_uint32),
+        ("inner_map_fd", c_uint32),
+        ("map_flags", c_uint32),
+    )
+
+
 class _CgroupLinkInfo(Structure):
     """struct bpf_link_info (linux/bpf.h), of a link to a cgroup."""
 
@@ -151,14 +201,24 @@ class _ProgramInfo(Structure):
         ("type", c_uint32),
         ("id", c_uint32),
         ("tag", c_uint8 * 8),
-        ("_between", c_uint64 * 6),
+        ("_instructions", c_uint64 * 3),
+        ("load_time", c_uint64),
+        ("_maps", c_uint64 * 2),
         ("name", c_char * 16),
+        ("_between", c_uint64 * 14),
+        ("run_time_ns", c_uint64),
+        ("run_cnt", c_uint64),
     )
 
 
 _PROTOTYPES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "libbpf_set_print": (c_void_p, (c_void_p,)),
     "libbpf_num_possible_cpus": (c_int, ()),
+    "libbpf_version_string": (c_char_p, ()),
+    "libbpf_find_vmlinux_btf_id": (c_int, (c_char_p, c_int)),
+    "bpf_prog_load": (c_int, (c_int, c_char_p, c_char_p, c_char_p, c_size_t, POINTER(_ProgramOptions))),
+    "bpf_map_create": (c_int, (c_int, c_char_p, c_uint32, c_uint32, c_uint32, POINTER(_MapOptions))),
+    "bpf_btf_load": (c_int, (c_char_p, c_size_t, c_void_p)),
     "bpf_object__open_mem": (c_void_p, (c_char_p, c_size_t, POINTER(_OpenOptions))),
     "bpf_object__load": (c_int, (c_void_p,)),
     "bpf_object__close": (None, (c_void_p,)),
@@ -261,6 +321,56 @@ class LoadedObject:
         return Descriptor(_check(_lib().bpf_map__fd(handle) if handle else -1, f"find the map {name}"))
 
 
+def version() -> str:
+    """Which libbpf this is."""
+    text: bytes = _lib().libbpf_version_string()
+    return text.decode()
+
+
+def load(
+    name: str, kind: ProgramType, instructions: bytes, attach: AttachType | None = None, iterates: str = ""
+) -> Descriptor:
+    """Load a program as it is, without an object.
+
+    Args:
+        name: at most 15 characters.
+        kind: its type.
+        instructions: struct bpf_insn (linux/bpf.h), one after the other.
+        attach: where it is to be attached, where its type leaves that open.
+        iterates: what it goes over, for an iterator.
+
+    Raises:
+        VerifierError: the kernel does not take it.
+        KernelError: the kernel has no such iterator.
+    """
+    log = ctypes.create_string_buffer(_LOG_BYTES)
+    options = _ProgramOptions(expected_attach_type=attach or 0, log_size=len(log), log_buf=ctypes.addressof(log))
+    options.sz = ctypes.sizeof(options)
+    if iterates:
+        number = _lib().libbpf_find_vmlinux_btf_id(iterates.encode(), AttachType.TRACE_ITER)
+        options.attach_btf_id = _check(number, f"find the iterator over {iterates}")
+    count = len(instructions) // _INSTRUCTION_BYTES
+    number = _lib().bpf_prog_load(kind, name.encode(), _LICENSE, instructions, count, byref(options))
+    if number < 0:
+        _refused(_last_lines(log.value.decode(errors="replace")))
+    return Descriptor(number)
+
+
+def make_map(name: str, shape: MapShape) -> Descriptor:
+    """Make a map whose keys and values, if it is one that wants to know, are integers."""
+    options = _MapOptions(map_flags=shape.flags)
+    options.sz = ctypes.sizeof(options)
+    with ExitStack() as stack:
+        if shape.kind == MapType.SK_STORAGE:
+            described = _check(_lib().bpf_btf_load(_BTF_OF_INT, len(_BTF_OF_INT), None), "load types")
+            stack.enter_context(Descriptor(described))
+            options.btf_fd, options.btf_key_type_id, options.btf_value_type_id = described, 1, 1
+        sizes = (shape.key_size, shape.value_size, shape.entries)
+        return Descriptor(
+            _check(_lib().bpf_map_create(shape.kind, name.encode(), *sizes, byref(options)), "make a map")
+        )
+
+
 def is_folder(path: Path) -> bool:
     """True for a folder, False where nothing is.
 
@@ -320,20 +430,73 @@ def linked(link: Descriptor) -> Linked:
     return Linked(int(info.cgroup_id), int(info.prog_id))
 
 
-def attached(target: int, kind: AttachType, *, effective: bool) -> dict[int, str]:
-    """Ids and names of the programs on a cgroup's descriptor; effective: and on those above it."""
+class Program(NamedTuple):
+    """What the kernel says of a program.
+
+    Attributes:
+        id: its number, which no other has while the machine runs.
+        name: at most 15 characters.
+        tag: the kernel's digest of its instructions.
+        kind: its type in the kernel's words, or the number of one that is not known here.
+    """
+
+    id: int
+    name: str
+    tag: bytes
+    kind: str
+
+
+class Attached(NamedTuple):
+    """What is attached to a cgroup in one place.
+
+    Attributes:
+        programs: in the order in which they run.
+        mode: how those of the cgroup itself go with others: "multi", "override" (one below takes their place) or
+            "exclusive"; it says nothing where there are none.
+    """
+
+    programs: list[Program]
+    mode: str
+
+
+def attached(target: int, kind: AttachType, *, effective: bool) -> Attached:
+    """The programs on a cgroup's descriptor; effective: and on those above it, all that run for it."""
     ids = (c_uint32 * _QUERY_PROGRAMS)()
-    count = c_uint32(len(ids))
-    flags = _QUERY_EFFECTIVE if effective else 0
-    _check(_lib().bpf_prog_query(target, kind, flags, None, ids, byref(count)), "look what is attached")
-    found = {}
+    count, flags = c_uint32(len(ids)), c_uint32()
+    scope = _QUERY_EFFECTIVE if effective else 0
+    _check(_lib().bpf_prog_query(target, kind, scope, byref(flags), ids, byref(count)), "look what is attached")
+    found = []
     for number in ids[: count.value]:
         descriptor = _lib().bpf_prog_get_fd_by_id(number)
         if descriptor < 0 and ctypes.get_errno() == errno.ENOENT:
             continue  # gone meanwhile
         with Descriptor(_check(descriptor, "look what is attached")) as program:
-            found[number] = _info(program, _ProgramInfo).name.decode(errors="replace")
-    return found
+            info = _info(program, _ProgramInfo)
+        found.append(Program(number, info.name.decode(errors="replace"), bytes(info.tag), _kind(info.type)))
+    mode = "multi" if flags.value & _ALLOW_MULTI else "override" if flags.value & _ALLOW_OVERRIDE else "exclusive"
+    return Attached(found, mode)
+
+
+class Cost(NamedTuple):
+    """What a program has cost while the kernel counted that (kernel.bpf_stats_enabled).
+
+    Attributes:
+        program_id: the kernel's number for the program; no other ever gets it while this one is loaded.
+        loaded_ns: when it was loaded, ns since boot.
+        run_ns: how long it has run, ns.
+        runs: how often.
+    """
+
+    program_id: int
+    loaded_ns: int
+    run_ns: int
+    runs: int
+
+
+def cost(program: Descriptor) -> Cost:
+    """What a program has cost so far."""
+    info = _info(program, _ProgramInfo)
+    return Cost(int(info.id), int(info.load_time), int(info.run_time_ns), int(info.run_cnt))
 
 
 def tag(program: Descriptor) -> bytes:
@@ -376,6 +539,13 @@ def iterate(program: Descriptor) -> None:
     with Descriptor(number):
         while os.read(number, _READ_BYTES):
             pass
+
+
+def _kind(number: int) -> str:
+    try:
+        return ProgramType(number).name.lower()
+    except ValueError:
+        return f"type {number}"
 
 
 def _expect(array: Descriptor, kind: int, value_size: int) -> None:

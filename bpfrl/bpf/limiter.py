@@ -31,7 +31,7 @@ from bpfrl.bpf.layout import (
     IdentityData,
     LimitsData,
 )
-from bpfrl.bpf.libbpf import AttachType, Descriptor, LoadedObject, MapShape, MapType, ProgramType, Shape
+from bpfrl.bpf.libbpf import AttachType, Cost, Descriptor, LoadedObject, MapShape, MapType, ProgramType, Shape
 from bpfrl.errors import BpfrlError, BrokenLimiterError, KernelError
 from bpfrl.limits import Limits, PodRef
 
@@ -48,6 +48,8 @@ _PROGRAMS: Final = (
     ("ingress", "bpfrl_ingress", AttachType.CGROUP_INET_INGRESS),
     (_SOCKOPS, "bpfrl_sockops", AttachType.CGROUP_SOCK_OPS),
 )
+# What runs for a limited pod, by where it runs, both in the kernel's words.
+HOOKS: Final = {kind.name.lower(): function for _, function, kind in _PROGRAMS}
 # A map's pin, and its name in the object. The identity stands apart: it goes with the programs' build.
 _LIMITS: Final = ".data.limits"
 _STATE_MAPS: Final = (
@@ -314,6 +316,15 @@ def others(path: Path, folder: Path) -> bool:
     return bool(found - own)
 
 
+def costs(folder: Path) -> dict[str, Cost]:
+    """What each of a limiter's programs has cost, by its pin; one that cannot be looked at is left out."""
+    found = {}
+    for name, _, _ in _PROGRAMS:
+        with suppress(KernelError), libbpf.open_pinned(folder / name) as program:
+            found[name] = libbpf.cost(program)
+    return found
+
+
 def is_ours(folder: Path) -> bool:
     """False for a folder that something else has put under a pod's name."""
     return _OURS.issuperset(os.listdir(folder))
@@ -361,5 +372,5 @@ def _adopt(loaded: LoadedObject, path: Path) -> None:
 def _sockops_on(path: Path, *, effective: bool) -> set[int]:
     target = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     with Descriptor(target):
-        programs = libbpf.attached(target, AttachType.CGROUP_SOCK_OPS, effective=effective)
-    return {number for number, name in programs.items() if name == "bpfrl_sockops"}
+        programs = libbpf.attached(target, AttachType.CGROUP_SOCK_OPS, effective=effective).programs
+    return {program.id for program in programs if program.name == "bpfrl_sockops"}

@@ -6,7 +6,7 @@
  * bpfrl_adopt gives those below a cgroup the callbacks that sockops asks for when
  * a connection begins; with its next segment each is paced as all others.
  * bpfrl_release gives those that a limiter has back what was their own; the
- * sockets of other cgroups in the same namespace are left alone.
+ * sockets of other cgroups in the same namespace are left alone. bpfrl_count changes nothing.
  */
 #include "bpf_helpers.h"
 #include "sockets.h"
@@ -33,6 +33,7 @@ struct bpfrl_visit {
 	__u64 callbacks;	/* BPF_SOCK_OPS_*_CB_FLAG */
 	__u64 done;
 	__u64 refused;
+	__u64 paced;		/* of those counted, how many have a rate set */
 };
 
 struct bpfrl_visit visit;
@@ -113,6 +114,23 @@ int bpfrl_forget(struct bpf_iter__tcp *context)
 	socket->asked = 0;
 	release_sender(tcp, tcp, socket);
 	visit.done++;
+	return 0;
+}
+
+SEC("iter/tcp")
+int bpfrl_count(struct bpf_iter__tcp *context)
+{
+	struct tcp_sock *tcp = visited(context);
+	struct bpfrl_socket *socket;
+
+	if (!tcp)
+		return 0;
+	socket = bpf_sk_storage_get(&sockets, tcp, NULL, 0);
+	if (!socket || socket->owner != visit.cgroup)
+		return 0;
+	visit.done++;
+	if (socket->pacing)
+		visit.paced++;
 	return 0;
 }
 

@@ -40,6 +40,13 @@ class Visited(NamedTuple):
     refused: int
 
 
+class Counted(NamedTuple):
+    """How many sockets a limiter knows, and how many of these have a pacing rate set."""
+
+    known: int
+    paced: int
+
+
 @cache  # and warn of it once
 def prepare() -> None:
     """Compile what reaches sockets, while whoever attaches can still do something about it."""
@@ -61,17 +68,23 @@ def adopt(storage: Descriptor, path: Path, callbacks: int) -> Visited:
         CompilerError: the program is not in the cache, and clang cannot make it.
         KernelError: the kernel has no such iterators, or not what they read (before 6.1), or refused.
     """
-    return _visit("bpfrl_adopt", storage, path, VisitData(cgroup=cgroup.id_of(path), callbacks=callbacks))
+    return _visited("bpfrl_adopt", storage, path, VisitData(cgroup=cgroup.id_of(path), callbacks=callbacks))
 
 
 def release(storage: Descriptor, path: Path) -> Visited:
     """Give back its pacing rate and windows to every TCP socket that a cgroup's limiter has; as :func:`adopt`."""
-    return _visit("bpfrl_release", storage, path, VisitData(cgroup=cgroup.id_of(path)))
+    return _visited("bpfrl_release", storage, path, VisitData(cgroup=cgroup.id_of(path)))
 
 
 def forget(storage: Descriptor, path: Path) -> Visited:
     """Let every TCP socket of a cgroup forget what its receiver has asked for; as :func:`adopt`."""
-    return _visit("bpfrl_forget", storage, path, VisitData(cgroup=cgroup.id_of(path)))
+    return _visited("bpfrl_forget", storage, path, VisitData(cgroup=cgroup.id_of(path)))
+
+
+def count(storage: Descriptor, path: Path) -> Counted:
+    """How many TCP sockets a cgroup's limiter has, and how many of them are paced; as :func:`adopt`."""
+    found = _visit("bpfrl_count", storage, path, VisitData(cgroup=cgroup.id_of(path)))
+    return Counted(found.done, found.paced)
 
 
 def shared(bpffs: Path) -> dict[str, Descriptor]:
@@ -85,11 +98,16 @@ def shared(bpffs: Path) -> dict[str, Descriptor]:
     return {}
 
 
-def _visit(name: str, storage: Descriptor, path: Path, data: VisitData) -> Visited:
+def _visited(name: str, storage: Descriptor, path: Path, data: VisitData) -> Visited:
+    found = _visit(name, storage, path, data)
+    return Visited(found.done, found.refused)
+
+
+def _visit(name: str, storage: Descriptor, path: Path, data: VisitData) -> VisitData:
     with ExitStack() as stack:
         namespaces = [stack.enter_context(Descriptor(number)) for number in cgroup.open_network_namespaces(path)]
         if not namespaces:
-            return Visited(0, 0)
+            return data
         loaded = stack.enter_context(LoadedObject(generator.compile_object(_SOURCE), reuse={STORAGE: storage}))
         program, visit = loaded.program(name), loaded.map(_VISIT)
         libbpf.write(visit, 0, data)
@@ -97,8 +115,7 @@ def _visit(name: str, storage: Descriptor, path: Path, data: VisitData) -> Visit
             # setns(2) moves a thread: one of its own, so that nothing else is moved.
             with ThreadPoolExecutor(max_workers=1) as thread:
                 thread.submit(_iterate_in, namespace, program).result()
-        found = libbpf.read(visit, 0, VisitData)
-        return Visited(found.done, found.refused)
+        return libbpf.read(visit, 0, VisitData)
 
 
 def _iterate_in(namespace: Descriptor, program: Descriptor) -> None:

@@ -1,4 +1,4 @@
-"""``bpfrl certs``: the certificates that master and nodes show each other."""
+"""``bpfrl certs``: the certificates that master, nodes and operators show each other."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ from pathlib import Path
 
 import click
 
-from bpfrl.commands.options import FOLDER
+from bpfrl.commands.options import FOLDER, cluster_options
 
 
 @click.group()
 def certs() -> None:
-    """Make the certificates that master and nodes show each other."""
+    """Make the certificates that master, nodes and operators show each other."""
 
 
 @certs.command("init")
 @click.argument("folder", type=FOLDER, metavar="DIR")
 @click.option("--days", type=click.IntRange(1, 36_500), default=365, show_default=True, help="How long they are good.")
-@click.option("--renew", is_flag=True, help="Make both certificates anew, whatever time they have left.")
+@click.option("--renew", is_flag=True, help="Make all certificates anew, whatever time they have left.")
 def certs_init(folder: Path, days: int, renew: bool) -> None:
-    """Make an authority, and certificates for the nodes and the master.
+    """Make an authority, and certificates for the nodes, the master and operators.
 
-    DIR/node is for bpfrl serve-node --certs and DIR/master for bpfrl serve-master --certs. Keep DIR/ca.key to
+    DIR/node is for bpfrl serve-node --certs and DIR/master for bpfrl serve-master --certs. DIR/operator is for people's
+    bpfrl list --certs: with it, one can look at nodes and change nothing. Keep DIR/ca.key to
     yourself: who has it can limit any pod. What is there and good for a while is kept, so that the same command
     renews what is about to expire; the daemons read changed files by themselves.
     """
@@ -37,7 +38,8 @@ def certs_init(folder: Path, days: int, renew: bool) -> None:
 def certs_secrets(folder: Path, namespace: str) -> None:
     """Print the certificates of DIR as Kubernetes Secrets, for kubectl apply -f -.
 
-    bpfrl-node is for the nodes' daemons and bpfrl-master for the master. The authority's key is in neither.
+    bpfrl-node is for the nodes' daemons and bpfrl-master for the master. The authority's key is in neither, and the
+    operators' certificate stays in its folder.
     """
     from bpfrl.rpc import authority  # noqa: PLC0415
 
@@ -48,14 +50,13 @@ def certs_secrets(folder: Path, namespace: str) -> None:
 @click.option("-n", "--namespace", default="bpfrl", show_default=True, help="The Secrets' namespace.")
 @click.option("--days", type=click.IntRange(1, 36_500), default=365, show_default=True, help="How long they are good.")
 @click.option("--renew", is_flag=True, help="Make all certificates anew, whatever time they have left.")
-@click.option("--kubeconfig", type=FOLDER, metavar="FILE", help="The cluster is this one's.")
-@click.option("--context", help="Which of the kubeconfig's contexts. [default: its current one]")
+@cluster_options
 def certs_apply(namespace: str, days: int, renew: bool, kubeconfig: Path | None, context: str | None) -> None:
     """Keep the certificates in a cluster's Secrets, authority included.
 
-    Makes what is missing of bpfrl-ca, bpfrl-node and bpfrl-master, and what is about to expire; what is good is left
-    alone, so that this may be run as often as you like. The nodes and the master read changed Secrets by themselves.
-    The cluster is found as bpfrl serve-master finds it.
+    Makes what is missing of bpfrl-ca, bpfrl-node, bpfrl-master and bpfrl-operator, and what is about to expire; what
+    is good is left alone, so that this may be run as often as you like. The nodes and the master read changed Secrets
+    by themselves. The cluster is found as bpfrl serve-master finds it.
 
     Who may read the Secret bpfrl-ca can limit any pod.
     """

@@ -11,6 +11,7 @@ import click
 from bpfrl import cgroup
 from bpfrl.bpf.limiter import Broken
 from bpfrl.commands.options import FAILURE, FOLDER, UID, LocalNode, nothing_limited
+from bpfrl.commands.progress import progress
 from bpfrl.errors import BpfrlError
 from bpfrl.limits import PodRef
 
@@ -45,14 +46,16 @@ def detach(node: LocalNode, uids: tuple[str, ...], path: Path | None, everything
         if not targets:
             click.echo(nothing_limited(agent), err=True)
     failed = False
-    for uid in targets:
-        try:
-            change = agent.detach(uid)
-        except BpfrlError as error:
-            # With several to do, one that cannot be done is no reason to leave the others.
-            click.echo(f"bpfrl: {error}", err=True)
-            failed = True
-        else:
-            click.echo(f"{PodRef(uid).label} {change.value}")
+    with progress("detaching", len(targets)) as done:
+        for uid in targets:
+            try:
+                change = agent.detach(uid)
+            except BpfrlError as error:
+                # With several to do, one that cannot be done is no reason to leave the others.
+                click.echo(f"bpfrl: {error}", file=sys.stderr)
+                failed = True
+            else:
+                click.echo(f"{PodRef(uid).label} {change.value}", file=sys.stdout)
+            done()
     if failed:
         sys.exit(FAILURE)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
+from ipaddress import AddressValueError, IPv6Address
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, cast
 
 import click
+from click.core import ParameterSource
+from rich.console import Console
 
-from bpfrl import cgroup
+from bpfrl import cgroup, render
 from bpfrl.cgroup import CgroupTree
 from bpfrl.errors import InvalidValueError
+from bpfrl.findings import Finding
 from bpfrl.limits import Limits, PodRef
 from bpfrl.node.agent import Agent
 from bpfrl.units import Rate, parse_size
@@ -26,6 +31,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 FAILURE: Final = 1
 DEFAULT_PORT: Final = 10002
 _PORT: Final = re.compile(r"[0-9]{1,5}", re.ASCII)
+_HOST: Final = re.compile(r"[A-Za-z0-9._:%-]+", re.ASCII)
 
 
 class Parsed(click.ParamType[Any]):
@@ -65,6 +71,39 @@ def _parse_endpoint(text: str) -> str:
     return f"{host or '[::]'}:{port}"
 
 
+class NodeAddress(NamedTuple):
+    """A node as it was typed, and where that is.
+
+    Attributes:
+        text: what was typed.
+        host: its address or host name.
+        port: its daemon's port; None: where they usually listen.
+    """
+
+    text: str
+    host: str
+    port: int | None
+
+
+def _parse_node(text: str) -> NodeAddress:
+    """ADDRESS or ADDRESS:PORT; an IPv6 address has brackets where a port follows, and may have them where none does."""
+    refusal = f"'{text}' is no node's address: write it as ADDRESS, ADDRESS:PORT or [IPV6]:PORT"
+    host, separator, port = text.rpartition(":")
+    if text.endswith("]") or (text.count(":") != 1 and not host.endswith("]")):
+        host, separator, port = text, "", ""
+    bracketed = host.startswith("[") and host.endswith("]")
+    host = host[1:-1] if bracketed else host
+    if bracketed or ":" in host:
+        try:
+            IPv6Address(host)
+        except AddressValueError as error:
+            raise InvalidValueError(refusal) from error
+    in_range = not separator or (_PORT.fullmatch(port) and 0 < int(port) < 2**16)
+    if not _HOST.fullmatch(host) or not in_range:
+        raise InvalidValueError(refusal)
+    return NodeAddress(text, host, int(port) if separator else None)
+
+
 RATE: Final = Parsed("rate", Rate.parse)
 SIZE: Final = Parsed("size", parse_size)
 UID: Final = Parsed("uid", _parse_uid)
@@ -72,6 +111,9 @@ POD_NAME: Final = Parsed("namespace/name", _parse_pod_name)
 # Whether it can be read is for the command to find out that needs it.
 FOLDER: Final = click.Path(path_type=Path, readable=False)
 ENDPOINT: Final = Parsed("host:port", _parse_endpoint)
+NODE: Final = Parsed("address", _parse_node)
+# Wider than any line: what is cut off is of no use to who reads it later.
+UNCUT_WIDTH: Final = 4096
 
 
 @dataclass(frozen=True)
@@ -153,6 +195,84 @@ def daemon_options(function: Function) -> Function:
     return function
 
 
+def node_port_option(function: Function) -> Function:
+    """Give a command the option that says where nodes listen."""
+    return click.option(
+        "--node-port",
+        type=click.IntRange(1, 2**16 - 1),
+        default=DEFAULT_PORT,
+        show_default=True,
+        help="Where the nodes' daemons listen.",
+    )(function)
+
+
+@dataclass(frozen=True)
+class Remote:
+    """How a command that only looks reaches nodes and the API server.
+
+    Attributes:
+        certs: the folder of an operator's certificate.
+        insecure: no TLS.
+        node_port: where the nodes' daemons listen.
+        kubeconfig: where the API server is told; None: see :func:`bpfrl.master.api.connect`.
+        context: which of its contexts; None: its current one.
+        typed: the options of these that stand on the command line.
+    """
+
+    certs: Path | None
+    insecure: bool
+    node_port: int
+    kubeconfig: Path | None
+    context: str | None
+    typed: tuple[str, ...]
+
+    def certificates(self) -> Certificates | None:
+        """What to show nodes, and to ask of them; None: no TLS."""
+        from bpfrl.rpc import tls  # noqa: PLC0415
+
+        return certificates(self.certs, tls.OPERATOR, insecure=self.insecure)
+
+
+def cluster_options(function: Function) -> Function:
+    """Give a command the options that name a cluster's API server."""
+    for option in (
+        click.option("--context", help="Which of the kubeconfig's contexts. [default: its current one]"),
+        click.option("--kubeconfig", type=FOLDER, metavar="FILE", help="The cluster. [default: as kubectl's]"),
+    ):
+        function = option(function)
+    return function
+
+
+def remote_options(function: Function) -> Function:
+    """Give a command the options that say how to reach nodes and the API server, as one argument."""
+
+    @wraps(function)
+    def with_remote(*args: Any, **given: Any) -> Any:
+        source = click.get_current_context().get_parameter_source
+        values = {name: given.pop(name) for name in ("certs", "insecure", "node_port", "kubeconfig", "context")}
+        typed = tuple(f"--{name.replace('_', '-')}" for name in values if source(name) is ParameterSource.COMMANDLINE)
+        return function(*args, remote=Remote(**values, typed=typed), **given)
+
+    for option in (cluster_options, node_port_option, daemon_options):
+        with_remote = option(with_remote)
+    return cast(Function, with_remote)
+
+
+def reading_options_fit(remote: Remote, named: Sequence[NodeAddress]) -> None:
+    """Refuse what no node can be asked with, before anything is asked."""
+    if remote.certs and remote.insecure:
+        raise click.UsageError("use one of --certs DIR and, on loopback only, --insecure")
+    if not named:
+        return
+    if not (remote.certs or remote.insecure):
+        raise click.UsageError("--node needs --certs DIR (bpfrl certs init makes one for operators)")
+    from bpfrl.rpc import tls  # noqa: PLC0415 - half a second that other commands do not need
+
+    for each in named:
+        if remote.insecure and not tls.is_loopback(each.host):
+            raise click.UsageError(f"--insecure is for loopback only: {each.text} needs --certs DIR")
+
+
 def certificates(folder: Path | None, role: str, *, insecure: bool) -> Certificates | None:
     """What to show the other side, and to ask of it; None: no TLS."""
     from bpfrl.rpc import tls  # noqa: PLC0415 - half a second that other commands do not need
@@ -160,6 +280,15 @@ def certificates(folder: Path | None, role: str, *, insecure: bool) -> Certifica
     if (folder is None) != insecure:
         raise click.UsageError("use one of --certs DIR (bpfrl certs init makes them) and, on loopback only, --insecure")
     return tls.Certificates(folder, role) if folder else None
+
+
+def show(findings: Sequence[Finding]) -> None:
+    """Print what was found: folded to a terminal's width, or in whole lines."""
+    console = Console(width=None if sys.stdout.isatty() else UNCUT_WIDTH, highlight=False)
+    with console.capture() as drawn:
+        console.print(render.checklist(findings))
+    for line in drawn.get().splitlines():
+        click.echo(line.rstrip())  # rich fills the last column up
 
 
 def nothing_limited(agent: Agent) -> str:

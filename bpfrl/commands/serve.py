@@ -4,28 +4,63 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
 import click
 
-from bpfrl.commands.options import DEFAULT_PORT, ENDPOINT, FOLDER, LocalNode, certificates, daemon_options
+from bpfrl import logs
+from bpfrl.commands.options import (
+    DEFAULT_PORT,
+    ENDPOINT,
+    FAILURE,
+    FOLDER,
+    Function,
+    LocalNode,
+    certificates,
+    daemon_options,
+    node_port_option,
+)
+from bpfrl.errors import BpfrlError
+
+log = logging.getLogger(__name__)
 
 
-def _serve(daemon: Coroutine[Any, Any, None], context: click.Context) -> None:
+def _monitoring_options(function: Function) -> Function:
+    """Give a daemon the options that say how it is watched."""
+    for option in (
+        click.option(
+            "--log-format",
+            type=click.Choice(logs.FORMATS),
+            default=logs.TEXT,
+            show_default=True,
+            help="Log lines for people, or JSON: one object a line.",
+        ),
+        click.option(
+            "--http",
+            type=ENDPOINT,
+            metavar="HOST:PORT",
+            help="Serve /metrics, /livez and /readyz there. [default: nowhere]",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def _serve(daemon: Coroutine[Any, Any, None], log_format: str, context: click.Context) -> None:
     """Run a daemon until it is told to stop. It says what it does without being asked."""
     verbose = context.find_root().params["verbose"]
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(message)s",
-        level=logging.DEBUG if verbose else logging.INFO,
-        stream=sys.stderr,
-        force=True,
-    )
+    logs.set_up(log_format, logging.DEBUG if verbose else logging.INFO)
     if not verbose:
         logging.getLogger("bpfrl.bpf").setLevel(logging.WARNING)  # each step of each limiter
-    asyncio.run(daemon)
+    try:
+        asyncio.run(daemon)
+    except (BpfrlError, OSError) as error:
+        if log_format == logs.TEXT:
+            raise
+        log.critical("%s", error)
+        context.exit(FAILURE)
 
 
 @click.command("serve-node")
@@ -44,8 +79,34 @@ def _serve(daemon: Coroutine[Any, Any, None], context: click.Context) -> None:
     help="Have pods that send keep to what limited receivers ask for, on this node and others.",
 )
 @daemon_options
+@click.option(
+    "--pod-labels/--no-pod-labels",
+    default=True,
+    show_default=True,
+    help="In metrics, tell a pod's namespace and name beside its UID.",
+)
+@click.option(
+    "--max-pods-in-metrics",
+    type=click.IntRange(0),
+    default=500,
+    show_default=True,
+    metavar="N",
+    help="In metrics, tell at most so many pods one by one.",
+)
+@_monitoring_options
 @click.pass_context
-def serve_node(context: click.Context, listen: str, cooperate: bool, certs: Path | None, insecure: bool) -> None:
+def serve_node(
+    context: click.Context,
+    /,
+    listen: str,
+    cooperate: bool,
+    certs: Path | None,
+    insecure: bool,
+    http: str | None,
+    log_format: str,
+    pod_labels: bool,
+    max_pods_in_metrics: int,
+) -> None:
     """Let a master limit this node's pods.
 
     Runs on every node, as root, until SIGTERM. Limits are pinned in the kernel: they stay in force when this process
@@ -53,7 +114,7 @@ def serve_node(context: click.Context, listen: str, cooperate: bool, certs: Path
     """
     from bpfrl.rpc import corelog  # noqa: PLC0415 - before grpc is imported
 
-    corelog.redirect()
+    corelog.redirect(as_log=log_format == logs.JSON)
     from bpfrl.node import daemon  # noqa: PLC0415
     from bpfrl.rpc import tls  # noqa: PLC0415
 
@@ -61,20 +122,16 @@ def serve_node(context: click.Context, listen: str, cooperate: bool, certs: Path
     shown = certificates(certs, tls.NODE, insecure=insecure)
     if insecure and not tls.is_loopback(listen.rpartition(":")[0].strip("[]")):
         raise click.UsageError("--insecure is for loopback only: use --listen 127.0.0.1:PORT, or --certs DIR")
-    _serve(daemon.serve(node.agent(), node.tree(), listen, shown, cooperate=cooperate), context)
+    monitoring = daemon.Monitoring(http, pod_labels, max_pods_in_metrics) if http else None
+    serving = daemon.serve(node.agent(), node.tree(), listen, shown, cooperate=cooperate, monitoring=monitoring)
+    _serve(serving, log_format, context)
 
 
 @click.command("serve-master")
 @click.option("--manifests", type=FOLDER, metavar="DIR", help="Take the pods from this folder of manifests.")
 @click.option("--kubeconfig", type=FOLDER, metavar="FILE", help="Take them from this cluster's API server.")
 @click.option("--context", help="Which of the kubeconfig's contexts. [default: its current one]")
-@click.option(
-    "--node-port",
-    type=click.IntRange(1, 2**16 - 1),
-    default=DEFAULT_PORT,
-    show_default=True,
-    help="Where the nodes' daemons listen.",
-)
+@node_port_option
 @click.option(
     "--resync",
     type=click.IntRange(1),
@@ -101,9 +158,24 @@ def serve_node(context: click.Context, listen: str, cooperate: bool, certs: Path
     help="How long others wait for a leader that says nothing.",
 )
 @daemon_options
+@click.option(
+    "--max-nodes-in-metrics",
+    type=click.IntRange(0),
+    default=1000,
+    show_default=True,
+    metavar="N",
+    help="In metrics, tell at most so many nodes one by one, first those that do not answer.",
+)
+@_monitoring_options
 @click.pass_context
 def serve_master(
-    context_: click.Context, /, certs: Path | None, insecure: bool, context: str | None, **settings: Any
+    context_: click.Context,
+    /,
+    certs: Path | None,
+    insecure: bool,
+    context: str | None,
+    log_format: str,
+    **settings: Any,
 ) -> None:
     """Keep all pods of a cluster limited as their annotations say.
 
@@ -120,11 +192,11 @@ def serve_master(
     """
     from bpfrl.rpc import corelog  # noqa: PLC0415 - before grpc is imported
 
-    corelog.redirect()
+    corelog.redirect(as_log=log_format == logs.JSON)
     from bpfrl.master import daemon  # noqa: PLC0415
     from bpfrl.rpc import tls  # noqa: PLC0415
 
     if settings["manifests"] and (settings["kubeconfig"] or context):
         raise click.UsageError("--manifests takes the place of an API server: leave out --kubeconfig and --context")
     shown = certificates(certs, tls.MASTER, insecure=insecure)
-    _serve(daemon.serve(daemon.Settings(certificates=shown, context=context, **settings)), context_)
+    _serve(daemon.serve(daemon.Settings(certificates=shown, context=context, **settings)), log_format, context_)

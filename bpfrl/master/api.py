@@ -31,19 +31,26 @@ class _Failure(msgspec.Struct):
     message: str = ""
 
 
-async def connect(kubeconfig: Path | None, context: str | None) -> ApiClient:
+async def connect(
+    kubeconfig: Path | None, context: str | None, advice: str = "--kubeconfig names one, --manifests does without"
+) -> ApiClient:
     """A client for the cluster that the arguments, the environment or the pod around this process name.
 
     In this order: the arguments; KUBECONFIG; the service account of the pod; ~/.kube/config.
+
+    Args:
+        kubeconfig: the file that tells it.
+        context: which of its contexts; None: its current one.
+        advice: what to say to who has named none.
 
     Raises:
         ClusterError: none of them names one.
     """
     configuration = Configuration()
-    named = os.environ.get("KUBECONFIG", "")
     try:
-        if kubeconfig or context or named or "KUBERNETES_SERVICE_HOST" not in os.environ:
-            file = str(kubeconfig or named or _HOME_KUBECONFIG.expanduser())
+        told = kubeconfig or context or os.environ.get("KUBECONFIG")
+        if told or "KUBERNETES_SERVICE_HOST" not in os.environ:
+            file = _files(kubeconfig)
             _check_is_there(file)
             loader = await config.load_kube_config(file, context, configuration, persist_config=False)  # type: ignore[no-untyped-call]
             _keep_fresh(configuration, loader)
@@ -52,9 +59,23 @@ async def connect(kubeconfig: Path | None, context: str | None) -> ApiClient:
         return ApiClient(configuration)
     except Exception as error:  # what the client makes of a malformed kubeconfig may be anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ClusterError(
-            f"no cluster to watch: {reason} (--kubeconfig names one, --manifests does without)"
-        ) from error
+        raise ClusterError(f"no cluster to watch: {reason} ({advice})") from error
+
+
+def namespace_of(kubeconfig: Path | None, context: str | None) -> str:
+    """The namespace that the same kubeconfig and context name, as with kubectl: "default" where they name none.
+
+    Raises:
+        ClusterError: it cannot be told.
+    """
+    try:
+        _check_is_there(_files(kubeconfig))
+        contexts, current = config.list_kube_config_contexts(_files(kubeconfig))  # type: ignore[no-untyped-call]
+        [named] = [each for each in contexts if each["name"] == context] if context else [current]
+        return str(named["context"].get("namespace") or "default")
+    except Exception as error:  # as above
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ClusterError(f"no namespace: {reason} (-n names one, -A is all of them)") from error
 
 
 class Api:
@@ -113,6 +134,11 @@ async def _refusal(response: aiohttp.ClientResponse) -> ApiError:
         response.status,
         float(wait) if wait.isdecimal() else 0.0,
     )
+
+
+def _files(kubeconfig: Path | None) -> str:
+    """The kubeconfig, or the several that are merged, as the client takes them."""
+    return str(kubeconfig or os.environ.get("KUBECONFIG") or _HOME_KUBECONFIG.expanduser())
 
 
 def _check_is_there(files: str) -> None:

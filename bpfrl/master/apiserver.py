@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import urllib.parse
 from collections.abc import AsyncIterator
 from typing import Final, Protocol, TypeVar
 
@@ -23,6 +24,7 @@ import msgspec
 from bpfrl.errors import ApiError, InvalidValueError
 from bpfrl.master.api import Api
 from bpfrl.master.backoff import Backoff
+from bpfrl.master.observer import UNOBSERVED, Observer
 from bpfrl.master.pods import Pod, RawPod, read
 
 log = logging.getLogger(__name__)
@@ -88,12 +90,37 @@ _pods: Final = msgspec.json.Decoder(RawPod)
 _failures: Final = msgspec.json.Decoder(_Failure)
 
 
+async def list_pods(api: Api, namespace: str = "", labels: str = "") -> tuple[list[Pod], str]:
+    """All scheduled pods, in pages, and the version of that state.
+
+    Args:
+        api: the API server.
+        namespace: only those of this one.
+        labels: only those that have these labels, as a selector of the API server's.
+
+    Raises:
+        ApiError: no answer, or a refusal: of a malformed selector with the status 400.
+    """
+    path = f"/api/v1/namespaces/{urllib.parse.quote(namespace, safe='')}/pods" if namespace else _PODS
+    query = {"fieldSelector": _SCHEDULED, "limit": str(_PAGE)} | ({"labelSelector": labels} if labels else {})
+    pods: list[Pod] = []
+    while True:
+        timeout = aiohttp.ClientTimeout(total=_LIST_SECONDS, sock_connect=_CONNECT_SECONDS)
+        async with api.request("GET", path, query, timeout=timeout) as response:
+            page = _decode(_lists, await response.read())
+        pods.extend(pod for raw in page.items if (pod := _read(raw)))
+        if not page.metadata.more:
+            return pods, page.metadata.resource_version
+        query["continue"] = page.metadata.more
+
+
 class PodWatch:
     """Keeps a sink told of every scheduled pod."""
 
-    def __init__(self, api: Api, sink: Sink) -> None:
+    def __init__(self, api: Api, sink: Sink, observer: Observer = UNOBSERVED) -> None:
         self._api = api
         self._sink = sink
+        self._observer = observer
         self._version = ""
         self._backoff = Backoff(_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
 
@@ -108,11 +135,14 @@ class PodWatch:
         """One list or one watch; returns how long to wait before the next, s."""
         try:
             if not self._version:
-                self._version = await self._list()
+                pods, self._version = await list_pods(self._api)
+                self._sink.replace(pods)
+                self._observer.listed()
                 log.info("watching pods from version %s", self._version)
             started = asyncio.get_running_loop().time()
             said_something = await self._watch()
         except ApiError as error:
+            self._observer.api_failed(error.status)
             if error.status == _GONE:
                 log.info("listing all pods again: %s", error)
                 self._version = ""
@@ -126,20 +156,6 @@ class PodWatch:
             return self._backoff.delay()
         return 0.0
 
-    async def _list(self) -> str:
-        """Tell the sink of all pods, and return the version of that state."""
-        query = {"fieldSelector": _SCHEDULED, "limit": str(_PAGE)}
-        pods: list[Pod] = []
-        while True:
-            timeout = aiohttp.ClientTimeout(total=_LIST_SECONDS, sock_connect=_CONNECT_SECONDS)
-            async with self._api.request("GET", _PODS, query, timeout=timeout) as response:
-                page = _decode(_lists, await response.read())
-            pods.extend(pod for raw in page.items if (pod := _read(raw)))
-            if not page.metadata.more:
-                self._sink.replace(pods)
-                return page.metadata.resource_version
-            query["continue"] = page.metadata.more
-
     async def _watch(self) -> bool:
         """Tell the sink of changes until the server ends the watch; False if there was nothing at all."""
         query = {
@@ -152,8 +168,10 @@ class PodWatch:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENCE_SECONDS)
         said_something = False
         async with self._api.request("GET", _PODS, query, timeout=timeout) as response:
+            self._observer.watching()
             async for line in _lines(response.content):
                 self._apply(_decode(_events, line))
+                self._observer.heard()
                 said_something = True
                 self._backoff.reset()
         return said_something

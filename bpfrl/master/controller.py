@@ -16,6 +16,7 @@ from typing import Final
 
 from bpfrl.master.events import Reason, Recorder
 from bpfrl.master.nodes import NodeWorker, Want
+from bpfrl.master.observer import UNOBSERVED, Backlog, Census, Observer
 from bpfrl.master.pods import Pod
 from bpfrl.rpc.client import NodeClient
 
@@ -33,12 +34,20 @@ class Controller:
         connect: makes the client for a node's address.
         recorder: who tells people.
         resync: how often each node is asked what it has, s.
+        observer: who wants to know how long things take.
     """
 
-    def __init__(self, connect: Callable[[str], NodeClient], recorder: Recorder, resync: float) -> None:
+    def __init__(
+        self,
+        connect: Callable[[str], NodeClient],
+        recorder: Recorder,
+        resync: float,
+        observer: Observer = UNOBSERVED,
+    ) -> None:
         self._connect = connect
         self._recorder = recorder
         self._resync = resync
+        self._observer = observer
         self._pods: dict[str, Pod] = {}
         self._wanted: dict[str, Want] = {}  # by the API's UID, wherever the pod is
         self._claims: dict[str, set[str]] = {}  # the API's UIDs by the cgroup's, where they differ: static pods
@@ -129,6 +138,22 @@ class Controller:
         except TimeoutError:
             log.warning("not everything was finished within %.0f s", _DRAIN_SECONDS)
 
+    def census(self) -> Census:
+        """The state of everything at this moment."""
+        backlog = Backlog()
+        for worker in self._workers.values() if self._acting else ():
+            backlog = backlog.plus(worker.backlog)
+        names = {address: name for name, address in self._addresses.items()}
+        return Census(
+            synced=self._synced.is_set(),
+            acting=self._acting,
+            pods=len(self._pods),
+            limited=sum(want.limits is not None for want in self._wanted.values()),
+            invalid=sum(bool(want.pod.problem) for want in self._wanted.values()),
+            backlog=backlog,
+            nodes={address: names.get(address, "") for address in self._workers},
+        )
+
     async def close(self) -> None:
         """Close all connections."""
         await asyncio.gather(*(worker.close() for worker in self._workers.values()))
@@ -201,7 +226,7 @@ class Controller:
     def _worker(self, address: str) -> NodeWorker:
         worker = self._workers.get(address)
         if worker is None:
-            worker = NodeWorker(self._connect(address), self._recorder, self._resync, self._is_orphan)
+            worker = NodeWorker(self._connect(address), self._recorder, self._resync, self._is_orphan, self._observer)
             self._workers[address] = worker
             if self._acting:
                 self._run(address)

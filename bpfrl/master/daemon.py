@@ -15,6 +15,7 @@ from typing import Final
 from bpfrl.bpf import generator
 from bpfrl.master.controller import Controller
 from bpfrl.master.events import Recorder
+from bpfrl.master.observer import UNOBSERVED, Observer
 from bpfrl.rpc import tls
 from bpfrl.rpc.client import NodeClient
 
@@ -38,6 +39,8 @@ class Settings:
         leader_elect: whether to act only while holding the Lease.
         lease_namespace: the Lease's; None: this pod's own.
         lease_duration: how long a leader that says nothing counts as one, s.
+        http: where metrics are told, as HOST:PORT; None: nowhere.
+        max_nodes_in_metrics: how many nodes are told one by one at most.
     """
 
     certificates: tls.Certificates | None
@@ -49,6 +52,8 @@ class Settings:
     leader_elect: bool
     lease_namespace: str | None
     lease_duration: int
+    http: str | None
+    max_nodes_in_metrics: int
 
 
 async def serve(settings: Settings) -> None:
@@ -57,24 +62,26 @@ async def serve(settings: Settings) -> None:
     Raises:
         ClusterError: there is nothing to watch.
         CompilerError: no limiter can be generated here.
+        KernelError: the address for metrics cannot be had.
     """
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
-    await asyncio.to_thread(generator.build)
     # Two masters of one node's network have its name, and both may be process 1.
     identity = f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}"
 
     def connect(address: str) -> NodeClient:
-        return NodeClient(address, settings.node_port, settings.certificates)
+        return observer.client(address, settings.node_port, settings.certificates)
 
     async with AsyncExitStack() as stack:
+        observer = await _monitor(settings, stack)
+        await asyncio.to_thread(generator.build)
         if settings.manifests:
             from bpfrl.master.manifests import ManifestWatch  # noqa: PLC0415 - only one of the two is ever needed
 
-            recorder = Recorder(None, identity)
-            controller = Controller(connect, recorder, settings.resync)
+            recorder = Recorder(None, identity, observer)
+            controller = Controller(connect, recorder, settings.resync, observer)
             work = [ManifestWatch(settings.manifests, controller).run(), controller.run()]
         else:
             from bpfrl.master import api, apiserver, leader  # noqa: PLC0415
@@ -82,9 +89,9 @@ async def serve(settings: Settings) -> None:
             client = await api.connect(settings.kubeconfig, settings.context)
             stack.push_async_callback(client.close)
             server = api.Api(client)
-            recorder = Recorder(server, identity)
-            controller = Controller(connect, recorder, settings.resync)
-            work = [apiserver.PodWatch(server, controller).run(), recorder.run()]
+            recorder = Recorder(server, identity, observer)
+            controller = Controller(connect, recorder, settings.resync, observer)
+            work = [apiserver.PodWatch(server, controller, observer).run(), recorder.run()]
             if settings.leader_elect:
                 namespace = settings.lease_namespace or _own_namespace()
                 leadership = leader.Leadership(client, namespace, identity, settings.lease_duration)
@@ -92,6 +99,7 @@ async def serve(settings: Settings) -> None:
                 work.append(leadership.run(controller.run))
             else:
                 work.append(controller.run())
+        observer.attend(controller.census)
         stack.push_async_callback(controller.close)
 
         tasks = [asyncio.create_task(each) for each in work]
@@ -109,6 +117,18 @@ async def serve(settings: Settings) -> None:
         for result in results:
             if isinstance(result, Exception):
                 raise result
+
+
+async def _monitor(settings: Settings, stack: AsyncExitStack) -> Observer:
+    if not settings.http:
+        return UNOBSERVED
+    # Memory that a master without has no use for.
+    from bpfrl import monitoring  # noqa: PLC0415
+    from bpfrl.master.metrics import MasterMetrics  # noqa: PLC0415
+
+    metrics = MasterMetrics(settings.certificates, settings.max_nodes_in_metrics)
+    await stack.enter_async_context(monitoring.serving(settings.http, metrics))
+    return metrics
 
 
 def _own_namespace() -> str:

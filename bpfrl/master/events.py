@@ -18,6 +18,7 @@ from typing import Final, NamedTuple, TypeVar
 
 from bpfrl.errors import ApiError
 from bpfrl.master.api import Api
+from bpfrl.master.observer import UNOBSERVED, Observer
 from bpfrl.master.pods import Pod
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ _REPEAT_SECONDS: Final = 600.0
 _REMEMBERED: Final = 10_000
 _QUEUE: Final = 2_000
 _FLUSH_SECONDS: Final = 3.0
-_COMPONENT: Final = "bpfrl"
+COMPONENT: Final = "bpfrl"
 # A name of 253 characters at most, of which the digest takes 17 (apimachinery, DNS-1123 subdomain).
 _LONGEST_NAME: Final = 236
 _LONGEST_MESSAGE: Final = 1_000
@@ -59,10 +60,12 @@ class Recorder:
     Args:
         api: where Events go; None: the log is all there is.
         instance: which of several masters tells it.
+        observer: who wants to know what has become of Events.
     """
 
-    def __init__(self, api: Api | None, instance: str) -> None:
+    def __init__(self, api: Api | None, instance: str, observer: Observer = UNOBSERVED) -> None:
         self._api = api
+        self._observer = observer
         self._instance = instance
         self._queue: asyncio.Queue[Report] = asyncio.Queue(_QUEUE)
         self._last: OrderedDict[str, tuple[Reason, str, float]] = OrderedDict()  # by the pod's UID
@@ -77,7 +80,11 @@ class Recorder:
         _remember(self._last, pod.uid, (reason, message, now))
         name, kind = reason.value
         log.log(logging.WARNING if kind == "Warning" else logging.INFO, "%s: %s: %s", pod.ref, name, message)
-        if self._api and pod.uid and not self._queue.full():
+        if not (self._api and pod.uid):
+            return
+        if self._queue.full():
+            self._observer.told("dropped")
+        else:
             self._queue.put_nowait(Report(pod, reason, message))
 
     async def run(self) -> None:
@@ -86,7 +93,9 @@ class Recorder:
             report = await self._queue.get()
             try:
                 await self._send(self._api, report)
+                self._observer.told("sent")
             except ApiError as error:
+                self._observer.told("failed")
                 log.warning("no Event about %s: %s", report.pod.ref, error)
             finally:
                 self._queue.task_done()
@@ -129,8 +138,8 @@ class Recorder:
             "type": kind,
             "reason": reason,
             "message": report.message[:_LONGEST_MESSAGE],
-            "source": {"component": _COMPONENT},
-            "reportingComponent": _COMPONENT,
+            "source": {"component": COMPONENT},
+            "reportingComponent": COMPONENT,
             "reportingInstance": self._instance,
             "firstTimestamp": now,
             "lastTimestamp": now,

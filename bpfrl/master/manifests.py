@@ -78,9 +78,7 @@ class ManifestWatch:
     def look(self) -> None:
         """Read the folder once."""
         try:
-            files = sorted(
-                path for path in self._folder.iterdir() if path.suffix in _SUFFIXES and not path.name.startswith(".")
-            )
+            files = manifests(self._folder)
         except OSError as error:
             if not self._gone:
                 log.warning("%s: %s; the pods in it stay as they are", self._folder, error.strerror)
@@ -91,7 +89,7 @@ class ManifestWatch:
         good: dict[Path, list[Pod]] = {}
         for path in files:
             try:
-                good[path] = _read_file(path)
+                good[path] = [read(raw) for raw in read_file(path)]
             except InvalidValueError as error:
                 problems[path] = str(error)
                 if path in self._good:
@@ -116,7 +114,12 @@ class ManifestWatch:
         return [pod for _, pod in found.values()]
 
 
-def _read_file(path: Path) -> list[Pod]:
+def manifests(folder: Path) -> list[Path]:
+    """The files of a folder that count, in their order. Raises OSError."""
+    return sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES and not path.name.startswith("."))
+
+
+def read_file(path: Path) -> list[RawPod]:
     """The pods of a file.
 
     Raises:
@@ -142,7 +145,7 @@ def _read_file(path: Path) -> list[Pod]:
     return [_pod(document) for document in documents]
 
 
-def _pod(document: Any) -> Pod:
+def _pod(document: Any) -> RawPod:
     kind = document.get("kind") if isinstance(document, dict) else None
     if kind != "Pod":
         named = kind if isinstance(kind, str) and _KIND.fullmatch(kind) else "something"
@@ -157,4 +160,4 @@ def _pod(document: Any) -> Pod:
         raise InvalidValueError(f"pod {raw.metadata.name} has no metadata.uid, which names its cgroup")
     raw.metadata.namespace = raw.metadata.namespace or _DEFAULT_NAMESPACE
     raw.status.host_ip = raw.status.host_ip or _THIS_MACHINE
-    return read(raw)
+    return raw

@@ -22,6 +22,7 @@ from bpfrl.errors import RefusedError, UnreachableError
 from bpfrl.limits import Change, Limits, PodRef
 from bpfrl.master.backoff import Backoff
 from bpfrl.master.events import Reason, Recorder
+from bpfrl.master.observer import UNOBSERVED, Backlog, Observer
 from bpfrl.master.pods import Pod
 from bpfrl.rpc.client import NodeClient
 
@@ -110,19 +111,29 @@ class NodeWorker:
         recorder: who tells people.
         resync: how often the node is asked what it has, s.
         is_orphan: whether a limiter for a UID that nobody here wants may be taken away.
+        observer: who wants to know how long things take.
     """
 
-    def __init__(self, client: NodeClient, recorder: Recorder, resync: float, is_orphan: Callable[[str], bool]) -> None:
+    def __init__(
+        self,
+        client: NodeClient,
+        recorder: Recorder,
+        resync: float,
+        is_orphan: Callable[[str], bool],
+        observer: Observer = UNOBSERVED,
+    ) -> None:
         self.wants: dict[str, Want] = {}
         self._client = client
         self._recorder = recorder
         self._resync = resync
         self._is_orphan = is_orphan
+        self._observer = observer
         self._build = generator.build()
         self._found: dict[str, Has] | None = None
         self._leaving: dict[str, Pod] = {}
         self._wake = asyncio.Event()
         self._changed: set[str] = set()
+        self._due: dict[str, float] | None = None  # since when what is wanted is not in force, s; None: nobody works
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._patient: set[str] = set()
         self._pauses: dict[str, Backoff] = {}
@@ -144,6 +155,8 @@ class NodeWorker:
         if before == want:
             return
         self._pauses.pop(uid, None)
+        if self._due is not None:
+            self._due.setdefault(uid, asyncio.get_running_loop().time())
         self.look_at(uid)
 
     def look_at(self, uid: str) -> None:
@@ -164,6 +177,7 @@ class NodeWorker:
     async def run(self) -> None:
         """Work until cancelled."""
         self._stopping = False
+        self._due = dict.fromkeys(self._changed, asyncio.get_running_loop().time())
         try:
             while True:
                 await self._turn()
@@ -180,6 +194,12 @@ class NodeWorker:
     async def close(self) -> None:
         """Close the connection."""
         await self._client.close()
+
+    @property
+    def backlog(self) -> Backlog:
+        """What there is to do."""
+        queued = (self._changed | self._tasks.keys()) - self._patient - self._timers.keys()
+        return Backlog(len(queued), len(self._patient), len(self._timers))
 
     @property
     def idle(self) -> bool:
@@ -260,6 +280,7 @@ class NodeWorker:
         verb = self._decide(uid)
         if verb is None:
             self._pauses.pop(uid, None)
+            self._forget_due(uid)
             return
         task = asyncio.create_task(self._carry_out(uid, verb, self.wants.get(uid)))
         self._tasks[uid] = task
@@ -282,11 +303,13 @@ class NodeWorker:
                 async with self._slot():
                     change = await self._client.detach(uid)
                 self._set(uid, None)
+                self._settled(uid, want)
                 if (pod := self._leaving.pop(uid, None)) and change is Change.DETACHED:
                     self._recorder.tell(pod, Reason.UNLIMITED, "the pod asks for no limit any more")
             else:
                 change = await self._give(uid, verb, want, want.limits)
                 self._set(uid, Has(want.pod.ref, want.limits, self._build))
+                self._settled(uid, want)
                 if change is not Change.UNCHANGED:
                     self._recorder.tell(want.pod, Reason.LIMITED, str(want.limits))
         except UnreachableError as error:
@@ -311,6 +334,7 @@ class NodeWorker:
                 raise
         if self._stopping or self.wants.get(uid) != want:
             raise asyncio.CancelledError  # what is wanted now decides what to do
+        self._forget_due(uid)
         self._patient.add(uid)
         image = image or generator.generate(pod.ref, limits)
         try:
@@ -341,6 +365,15 @@ class NodeWorker:
         self._timers[uid] = loop.call_later(backoff.delay(), self.look_at, uid)
         return backoff.failures
 
+    def _settled(self, uid: str, want: Want | None) -> None:
+        """What was wanted is in force; what is wanted since then is another matter."""
+        if self.wants.get(uid) == want and (since := self._forget_due(uid)):
+            self._observer.settled(asyncio.get_running_loop().time() - since)
+
+    def _forget_due(self, uid: str) -> float | None:
+        """Nobody waits for this worker: there is nothing to do, or it is the kubelet's turn."""
+        return self._due.pop(uid, None) if self._due else None
+
     def _set(self, uid: str, has: Has | None) -> None:
         # The node may have stopped answering meanwhile, and then all of it is asked for again.
         if self._found is None:
@@ -361,3 +394,4 @@ class NodeWorker:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._found = None
+        self._due = None

@@ -20,6 +20,7 @@ from typing import Final
 from bpfrl import cgroup, libc
 from bpfrl.bpf import cooperation, generator, law, libbpf, limiter, sockets
 from bpfrl.bpf.layout import LimitsData
+from bpfrl.bpf.libbpf import Cost
 from bpfrl.bpf.limiter import Broken, Limiter, Stage, Status
 from bpfrl.errors import (
     AlreadyLimitedError,
@@ -154,6 +155,42 @@ class Agent:
             return []
         with self._lock(fcntl.LOCK_SH):
             return [self._look(uid) for uid in self._uids()]
+
+    def costs(self) -> list[tuple[str, Cost]]:
+        """What each program of bpfrl on this node has cost, by what it does: egress, ingress, sockops, cooperate."""
+        if not self.is_mounted():
+            return []
+        with self._lock(fcntl.LOCK_SH):
+            found = [each for uid in self._uids() for each in limiter.costs(self.bpffs / uid).items()]
+            return found + [("cooperate", each) for each in cooperation.costs(self.bpffs)]
+
+    def limiter(self, uid: str) -> Status | Broken | None:
+        """A pod's limiter, or the folder that should be one; None where it has neither.
+
+        Raises:
+            InvalidValueError: this is no UID.
+        """
+        uid = PodRef(uid).uid
+        if not self.is_mounted():
+            return None
+        with self._lock(fcntl.LOCK_SH):
+            return self._look(uid) if uid in self._uids() else None
+
+    def count_sockets(self, uid: str, path: Path) -> sockets.Counted:
+        """How many TCP sockets a pod's limiter has, in the network namespaces of its cgroup's processes.
+
+        Raises:
+            NotLimitedError: the pod has no limiter.
+            CompilerError: what counts is not in the cache, and clang cannot make it.
+            KernelError: the kernel refused, or is too old.
+        """
+        with self._lock(fcntl.LOCK_SH):
+            folder = self.bpffs / PodRef(uid).uid
+            if not libbpf.is_folder(folder):
+                raise NotLimitedError(f"pod {uid} has no limiter any more")
+            storage = libbpf.open_pinned(folder / sockets.STORAGE)
+        with storage, _present(path):  # nobody has to wait while the sockets are visited
+            return sockets.count(storage, path)
 
     def sweep(self) -> list[str]:
         """Remove the limiters whose cgroup is gone and what was cut off on its way in or out; return their UIDs."""

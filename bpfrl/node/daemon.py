@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from typing import Final
 
 import grpc
@@ -19,6 +21,7 @@ from bpfrl.bpf import sockets
 from bpfrl.cgroup import CgroupTree
 from bpfrl.errors import BpfrlError, KernelError
 from bpfrl.node.agent import Agent
+from bpfrl.node.observer import UNOBSERVED, Observer
 from bpfrl.node.server import NodeService
 from bpfrl.rpc import node_pb2, tls
 from bpfrl.rpc.node_pb2_grpc import add_NodeServicer_to_server
@@ -42,8 +45,29 @@ _OPTIONS: Final = (
 )
 
 
+@dataclass(frozen=True)
+class Monitoring:
+    """What is told over HTTP.
+
+    Attributes:
+        address: where, as HOST:PORT.
+        pod_labels: tell each pod's namespace and name beside its UID.
+        most_pods: how many pods are told one by one at most.
+    """
+
+    address: str
+    pod_labels: bool
+    most_pods: int
+
+
 async def serve(
-    agent: Agent, tree: CgroupTree, address: str, certificates: tls.Certificates | None, *, cooperate: bool
+    agent: Agent,
+    tree: CgroupTree,
+    address: str,
+    certificates: tls.Certificates | None,
+    *,
+    cooperate: bool,
+    monitoring: Monitoring | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT.
 
@@ -53,13 +77,41 @@ async def serve(
         address: where to listen, as HOST:PORT.
         certificates: what to show and to ask for; None: no TLS.
         cooperate: have this node's senders keep to what limited receivers ask for, and its limited pods ask.
+        monitoring: what is told over HTTP; None: nothing.
 
     Raises:
-        KernelError: the address, or a BPF file system, cannot be had.
+        KernelError: an address, or a BPF file system, cannot be had.
         PermissionDeniedError: this needs root.
     """
+    async with AsyncExitStack() as stack:
+        observer = await _monitor(monitoring, agent, certificates, stack) if monitoring else UNOBSERVED
+        await _serve(agent, tree, address, certificates, observer, cooperate=cooperate)
+
+
+async def _monitor(
+    monitoring: Monitoring, agent: Agent, certificates: tls.Certificates | None, stack: AsyncExitStack
+) -> Observer:
+    # Memory that a node without has no use for.
+    from bpfrl import monitoring as pages  # noqa: PLC0415
+    from bpfrl.node.metrics import NodeMetrics  # noqa: PLC0415
+
+    metrics = NodeMetrics(agent, certificates, pod_labels=monitoring.pod_labels, most_pods=monitoring.most_pods)
+    stack.push_async_callback(asyncio.to_thread, metrics.close)
+    await stack.enter_async_context(pages.serving(monitoring.address, metrics))
+    return metrics
+
+
+async def _serve(
+    agent: Agent,
+    tree: CgroupTree,
+    address: str,
+    certificates: tls.Certificates | None,
+    observer: Observer,
+    *,
+    cooperate: bool,
+) -> None:
     server = grpc.aio.server(options=_OPTIONS)
-    service = NodeService(agent, tree, roles=certificates is not None, cooperate=cooperate)
+    service = NodeService(agent, tree, roles=certificates is not None, cooperate=cooperate, observer=observer)
     add_NodeServicer_to_server(service, server)
     healthy = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
@@ -81,23 +133,26 @@ async def serve(
     await server.start()
     for name in ("", SERVICE):
         await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
+    observer.serves(serving=True)
     log.info("serving on %s (port %d)%s", address, port, "" if certificates else " without TLS")
-    tending = asyncio.create_task(_tend_for_ever(service))
+    tending = asyncio.create_task(_tend_for_ever(service, observer))
     try:
         await stopped.wait()
     finally:
         log.info("stopping; limits stay in force")
+        observer.serves(serving=False)
         tending.cancel()
         await healthy.enter_graceful_shutdown()
         await server.stop(_GRACE_SECONDS)
         await asyncio.to_thread(service.close)
 
 
-async def _tend_for_ever(service: NodeService) -> None:
+async def _tend_for_ever(service: NodeService, observer: Observer = UNOBSERVED) -> None:
     while True:
         try:
             await service.tend()
         except (BpfrlError, OSError) as error:
+            observer.failed_to_tend()
             log.warning("cannot tend this node's limiters: %s", error)
         await asyncio.sleep(_SWEEP_SECONDS)
 

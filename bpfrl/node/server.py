@@ -11,9 +11,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -35,7 +37,9 @@ from bpfrl.errors import (
     TransferTimeoutError,
 )
 from bpfrl.limits import Change, Limits, PodRef
+from bpfrl.node import explain
 from bpfrl.node.agent import Agent
+from bpfrl.node.observer import UNOBSERVED, Observer
 from bpfrl.rpc import messages, node_pb2, statuses, tls
 from bpfrl.rpc.node_pb2_grpc import NodeServicer
 
@@ -51,33 +55,69 @@ _LARGEST_PROGRAM_BYTES: Final = 2**20
 _TRANSFER_SECONDS: Final = 20.0
 # The master asks again; calls that wait for nothing do not pile up here.
 _LONGEST_WAIT_SECONDS: Final = 300.0
+# Which roles may make which call, by the word that refusals and the log have for it.
+_MAY: Final[Mapping[str, tuple[str, ...]]] = {
+    "attach": (tls.MASTER,),
+    "update": (tls.MASTER,),
+    "detach": (tls.MASTER,),
+    "list": (tls.MASTER, tls.OPERATOR),
+    "explain": (tls.MASTER, tls.OPERATOR),
+}
 _STAGES: Final = {Stage.LOADED: node_pb2.STAGE_LOADED, Stage.PINNED: node_pb2.STAGE_PINNED}
 
 
+@dataclass
+class _Call:
+    """How a call is going.
+
+    Attributes:
+        uid: the pod that it is about, as far as it has said so; "" for none whose refusal is worth remembering.
+        began: since when the node works on it, s.
+        change: what it has done.
+        result: how it has ended, if nothing was done: a gRPC status code's name.
+    """
+
+    uid: str = ""
+    began: float = field(default_factory=time.monotonic)
+    change: Change | None = None
+    result: str = grpc.StatusCode.UNKNOWN.name
+
+    def begins(self) -> None:
+        """What came before was waiting for somebody else."""
+        self.began = time.monotonic()
+
+
 class NodeService(NodeServicer):
-    """What a master may ask of this node.
+    """What a master, or an operator, may ask of this node.
 
     Args:
         agent: what does it.
         tree: where the pods' cgroups are.
-        roles: whether the caller's certificate must have the master's role; False only without TLS.
+        roles: whether the caller's certificate must have a role that may make the call; False only without TLS.
         cooperate: whether this node's senders keep to what limited receivers ask for.
+        observer: who wants to know of the calls.
     """
 
-    def __init__(self, agent: Agent, tree: CgroupTree, *, roles: bool, cooperate: bool) -> None:
+    def __init__(
+        self, agent: Agent, tree: CgroupTree, *, roles: bool, cooperate: bool, observer: Observer = UNOBSERVED
+    ) -> None:
         self._agent = agent
         self._tree = tree
         self._roles = roles
         self._cooperate = cooperate
+        self._observer = observer
+        self._refusals = explain.Refusals()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="agent")
 
     async def Attach(  # noqa: N802 - gRPC's names
         self, request_iterator: _Requests, context: _Context
     ) -> AsyncIterator[node_pb2.AttachReply]:
         """Give a pod a limiter, or change the one it has."""
-        async with self._answering(context, "attach"):
+        async with self._answering(context, "attach") as call:
             header, pod, limits = await self._header(request_iterator)
+            call.uid = pod.uid
             path = await self._cgroup(pod.uid, header.wait_ms / 1000)
+            call.begins()
             change = await self._keep(pod, limits, header.build, path)
             if change is None:
                 yield node_pb2.AttachReply(stage=node_pb2.STAGE_PROCEED)
@@ -89,6 +129,7 @@ class NodeService(NodeServicer):
                 while stage := await stages.get():
                     yield node_pb2.AttachReply(stage=_STAGES[stage])
                 change = await attached
+            call.change = change
             log.info("%s %s: %s", pod, change.value, limits)
             yield node_pb2.AttachReply(stage=node_pb2.STAGE_ATTACHED, change=messages.from_change(change))
 
@@ -96,9 +137,11 @@ class NodeService(NodeServicer):
         self, request: node_pb2.UpdateRequest, context: _Context
     ) -> node_pb2.Done:
         """Change the limits of a pod that has a limiter."""
-        async with self._answering(context, "update"):
-            uid, limits = messages.to_uid(request.uid), _limiting(messages.to_limits(request.limits))
+        async with self._answering(context, "update") as call:
+            call.uid = uid = messages.to_uid(request.uid)
+            limits = _limiting(messages.to_limits(request.limits))
             change = await self._do(self._agent.update, uid, limits)
+            call.change = change
             log.info("%s %s: %s", uid, change.value, limits)
             return node_pb2.Done(change=messages.from_change(change))
 
@@ -106,9 +149,10 @@ class NodeService(NodeServicer):
         self, request: node_pb2.DetachRequest, context: _Context
     ) -> node_pb2.Done:
         """Take a pod's limiter off."""
-        async with self._answering(context, "detach"):
-            uid = messages.to_uid(request.uid)
+        async with self._answering(context, "detach") as call:
+            call.uid = uid = messages.to_uid(request.uid)
             change = await self._do(self._agent.detach, uid)
+            call.change = change
             log.info("%s %s", uid, change.value)
             return node_pb2.Done(change=messages.from_change(change))
 
@@ -122,10 +166,21 @@ class NodeService(NodeServicer):
             found = await self._do(self._agent.limiters)
             return node_pb2.ListReply(limiters=map(messages.from_limiter, found))
 
+    async def Explain(  # noqa: N802
+        self, request: node_pb2.ExplainRequest, context: _Context
+    ) -> node_pb2.ExplainReply:
+        """Why a pod is limited, or not, as far as this node knows."""
+        async with self._answering(context, "explain"):
+            uid = messages.to_uid(request.uid)
+            refusal = self._refusals.of(uid)
+            return messages.from_report(await self._do(explain.examine, self._agent, self._tree, uid, refusal))
+
     async def tend(self) -> None:
         """Remove what no running pod needs any more, and have the pods cooperate, or not."""
-        for uid in await self._do(self._agent.sweep):
+        swept = await self._do(self._agent.sweep)
+        for uid in swept:
             log.info("%s swept: its pod has ended", uid)
+        self._observer.swept(len(swept))
         await self._do(self._tend_cooperation)
 
     def close(self) -> None:
@@ -202,22 +257,40 @@ class NodeService(NodeServicer):
         return await asyncio.get_running_loop().run_in_executor(self._worker, function, *arguments)
 
     @asynccontextmanager
-    async def _answering(self, context: _Context, what: str) -> AsyncIterator[None]:
-        """Admit the caller, and turn what goes wrong into a status and a line in the log."""
+    async def _answering(self, context: _Context, what: str) -> AsyncIterator[_Call]:
+        """Admit the caller, and turn what goes wrong into a status, a line in the log and a memory of it."""
+        call = _Call()
         try:
-            if self._roles and tls.MASTER not in tls.peer_roles(context.auth_context()):
-                roles = ", ".join(tls.peer_roles(context.auth_context())) or "nothing"
-                raise RoleError(f"the certificate is for {roles}: it must have the DNS name {tls.MASTER}")
-            yield
+            if self._roles:
+                _admit(tls.peer_roles(context.auth_context()), what)
+            yield call
+            call.result = grpc.StatusCode.OK.name
+            self._refusals.forget(call.uid)
         except BpfrlError as error:
+            call.result = statuses.code_of(error).name
+            if call.uid:
+                self._refusals.remember(call.uid, what, error)
             # A pod that comes or goes, and a master that goes: neither is anybody's mistake.
             usual = isinstance(error, CgroupNotFoundError | NotLimitedError | TransferError)
             level = logging.INFO if usual else logging.WARNING
             log.log(level, "refused %s from %s: %s", what, context.peer(), error)
             await context.abort(statuses.code_of(error), str(error))
         except OSError as error:
+            call.result = grpc.StatusCode.INTERNAL.name
             log.exception("failed to %s for %s", what, context.peer())
             await context.abort(grpc.StatusCode.INTERNAL, f"the node cannot {what}: {error.strerror or error}")
+        except (asyncio.CancelledError, GeneratorExit):
+            call.result = grpc.StatusCode.CANCELLED.name
+            raise
+        finally:
+            result = call.change.name.lower() if call.change else call.result
+            self._observer.answered(what, result, time.monotonic() - call.began)
+
+
+def _admit(roles: list[str], what: str) -> None:
+    if not set(roles) & set(_MAY[what]):
+        shown, wanted = ", ".join(roles) or "nothing", " or ".join(_MAY[what])
+        raise RoleError(f"the certificate is for {shown}: it must have the DNS name {wanted}")
 
 
 def _limiting(limits: Limits) -> Limits:

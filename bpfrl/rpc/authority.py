@@ -1,10 +1,11 @@
 """Making the certificates that :mod:`.tls` loads.
 
-One authority signs two certificates, one for all nodes and one for the master:
+One authority signs three certificates, one for all nodes, one for the master and one for people:
 
     DIR/ca.crt  DIR/ca.key                              the authority; its key signs, and nothing else needs it
     DIR/node/{ca.crt,tls.crt,tls.key}                   for bpfrl serve-node --certs
     DIR/master/{ca.crt,tls.crt,tls.key}                 for bpfrl serve-master --certs
+    DIR/operator/{ca.crt,tls.crt,tls.key}               for bpfrl list --certs
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import base64
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -37,22 +38,25 @@ AUTHORITY_KEY: Final = "ca.key"
 _ROLES: Final[dict[str, tuple[str, ObjectIdentifier]]] = {
     "node": (tls.NODE, ExtendedKeyUsageOID.SERVER_AUTH),
     "master": (tls.MASTER, ExtendedKeyUsageOID.CLIENT_AUTH),
+    "operator": (tls.OPERATOR, ExtendedKeyUsageOID.CLIENT_AUTH),
 }
 # Each role's Secret in a cluster, and its folder.
 SECRETS: Final = {f"bpfrl-{folder}": folder for folder in _ROLES}
+# Those of the daemons, which run in the cluster; people keep theirs in files.
+_DAEMONS: Final = ("bpfrl-node", "bpfrl-master")
 _AUTHORITY_DAYS: Final = 3650
 # Clocks differ: a certificate is good a little before it is made.
 _SKEW: Final = timedelta(minutes=5)
 
 
 def init(folder: Path, days: int, *, renew: bool = False) -> list[tuple[Path, bool]]:
-    """Make what is missing of an authority and its two certificates, and what is about to expire.
+    """Make what is missing of an authority and its certificates, and what is about to expire.
 
     Args:
         folder: where; made if it is not there.
-        days: how long the two certificates are good for; the authority is for ten years at
+        days: how long the certificates are good for; the authority is for ten years at
             least, and no certificate outlives it.
-        renew: make the two certificates anew in any case.
+        renew: make the certificates anew in any case, but not the authority.
 
     Returns:
         Each certificate, and whether it was made just now.
@@ -84,18 +88,19 @@ def init(folder: Path, days: int, *, renew: bool = False) -> list[tuple[Path, bo
 
 
 def secrets(folder: Path, namespace: str) -> str:
-    """The certificates as Kubernetes Secrets (YAML), for kubectl apply.
+    """The daemons' certificates as Kubernetes Secrets (YAML), for kubectl apply.
 
     Raises:
         CertificateError: they are not there, or cannot be used.
     """
-    return yaml.safe_dump_all(role_secrets(folder, namespace), sort_keys=False)
+    return yaml.safe_dump_all(role_secrets(folder, namespace, _DAEMONS), sort_keys=False)
 
 
-def role_secrets(folder: Path, namespace: str) -> list[dict[str, Any]]:
+def role_secrets(folder: Path, namespace: str, roles: Iterable[str] = SECRETS) -> list[dict[str, Any]]:
     """The certificates as Kubernetes Secrets, one for each role; the authority's key is in none. As :func:`secrets`."""
     found = []
-    for name, own in SECRETS.items():
+    for name in roles:
+        own = SECRETS[name]
         bundle = tls.Certificates(folder / own, _ROLES[own][0]).current()
         files = zip((tls.AUTHORITY_FILE, tls.CERTIFICATE_FILE, tls.KEY_FILE), bundle, strict=True)
         found.append(secret(name, namespace, dict(files)))

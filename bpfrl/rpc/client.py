@@ -17,6 +17,7 @@ import grpc
 
 from bpfrl.bpf.limiter import Broken, Status
 from bpfrl.errors import InvalidValueError, RefusedError, UnreachableError
+from bpfrl.explanation import Report
 from bpfrl.limits import Change, Limits, PodRef
 from bpfrl.rpc import messages, node_pb2, statuses, tls
 from bpfrl.rpc.node_pb2_grpc import NodeStub
@@ -114,6 +115,12 @@ class NodeClient:
         async with self._calling() as node:
             reply = await node.List(node_pb2.ListRequest(), timeout=_CALL_SECONDS)
             return [messages.to_limiter(limiter) for limiter in reply.limiters]
+
+    async def explain(self, uid: str) -> Report:
+        """What the node knows of a pod."""
+        async with self._calling() as node:
+            reply = await node.Explain(node_pb2.ExplainRequest(uid=uid), timeout=_CALL_SECONDS)
+            return messages.to_report(reply)
 
     async def lost(self) -> None:
         """Return when the connection to the node is gone, or has never been."""

@@ -44,14 +44,18 @@ class Entry(NamedTuple):
     text: str
 
 
-def redirect() -> None:
-    """Send this process's stderr through here from now on. Call it once, and before grpc is imported."""
+def redirect(*, as_log: bool = False) -> None:
+    """Send this process's stderr through here from now on. Call it once, and before grpc is imported.
+
+    Args:
+        as_log: what is not the core's becomes a log record, too, so that stderr has nothing else.
+    """
     os.environ.setdefault("GRPC_TRACE", "handshaker")
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
     reader, writer = os.pipe()
     os.dup2(writer, 2)
     os.close(writer)
-    Thread(target=_follow, args=(reader, sys.stderr), name="grpc-core-log", daemon=True).start()
+    Thread(target=_follow, args=(reader, None if as_log else sys.stderr), name="grpc-core-log", daemon=True).start()
 
 
 def entries(lines: Iterable[str]) -> Iterator[Entry | str]:
@@ -75,13 +79,15 @@ def entries(lines: Iterable[str]) -> Iterator[Entry | str]:
             reason = ""
 
 
-def _follow(reader: int, stderr: TextIO) -> None:
+def _follow(reader: int, stderr: TextIO | None) -> None:
     with os.fdopen(reader, errors="replace") as lines:
         for entry in entries(line.rstrip("\n") for line in lines):
             if isinstance(entry, Entry):
                 log.log(entry.level, "%s", entry.text)
-            else:
+            elif stderr:
                 print(entry, file=stderr)
+            else:
+                log.warning("%s", entry)
 
 
 def _address(peer: str) -> str:

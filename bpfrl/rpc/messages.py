@@ -6,11 +6,13 @@ value object.
 
 from __future__ import annotations
 
+import os
 from typing import Final
 
 from bpfrl.bpf.layout import Counters
 from bpfrl.bpf.limiter import Broken, Status
 from bpfrl.errors import InvalidValueError
+from bpfrl.explanation import Attached, Refusal, Report, Sockets
 from bpfrl.limits import Change, Limits, PodRef
 from bpfrl.rpc import node_pb2
 from bpfrl.units import Rate
@@ -126,6 +128,52 @@ def to_limiter(message: node_pb2.Limiter) -> Status | Broken:
         build=message.build,
         adopted=message.adopted,
     )
+
+
+def from_report(report: Report) -> node_pb2.ExplainReply:
+    """What a node knows of a pod, as a message."""
+    sockets, refusal = report.sockets, report.refusal
+    return node_pb2.ExplainReply(
+        version=report.version,
+        cgroup=_text(report.cgroup),
+        no_cgroup=_text(report.no_cgroup),
+        limiter=from_limiter(report.limiter) if report.limiter else None,
+        programs=[
+            node_pb2.Program(**program._replace(cgroup=_text(program.cgroup))._asdict()) for program in report.programs
+        ],
+        cooperates=report.cooperates,
+        sockets=node_pb2.Sockets(**sockets._asdict()) if sockets else None,
+        no_sockets=_text(report.no_sockets),
+        refusal=node_pb2.Refusal(**refusal._replace(reason=_text(refusal.reason))._asdict()) if refusal else None,
+    )
+
+
+def to_report(message: node_pb2.ExplainReply) -> Report:
+    """What a node knows of a pod.
+
+    Raises:
+        InvalidValueError: the message says what cannot be.
+    """
+    sockets, refusal = message.sockets, message.refusal
+    return Report(
+        version=message.version,
+        cgroup=message.cgroup,
+        no_cgroup=message.no_cgroup,
+        limiter=to_limiter(message.limiter) if message.HasField("limiter") else None,
+        programs=tuple(
+            Attached(each.hook, each.id, each.name, each.tag, each.kind, each.cgroup, each.mode)
+            for each in message.programs
+        ),
+        cooperates=message.cooperates,
+        sockets=Sockets(sockets.known, sockets.paced) if message.HasField("sockets") else None,
+        no_sockets=message.no_sockets,
+        refusal=Refusal(refusal.at, refusal.call, refusal.reason) if message.HasField("refusal") else None,
+    )
+
+
+def _text(text: str) -> str:
+    """A path may have bytes in it that are no text, and messages may not."""
+    return os.fsencode(text).decode(errors="replace")
 
 
 def _from_counters(counters: Counters) -> node_pb2.Traffic:

@@ -54,6 +54,11 @@ class NodeStub:
                 request_serializer=bpfrl_dot_rpc_dot_node__pb2.ListRequest.SerializeToString,
                 response_deserializer=bpfrl_dot_rpc_dot_node__pb2.ListReply.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/bpfrl.v1.Node/Explain',
+                request_serializer=bpfrl_dot_rpc_dot_node__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=bpfrl_dot_rpc_dot_node__pb2.ExplainReply.FromString,
+                _registered_method=True)
 
 
 class NodeServicer:
@@ -96,6 +101,13 @@ class NodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """Why a pod is limited, or not, as far as the node knows. That the pod is not here is no error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -118,6 +130,11 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.List,
                     request_deserializer=bpfrl_dot_rpc_dot_node__pb2.ListRequest.FromString,
                     response_serializer=bpfrl_dot_rpc_dot_node__pb2.ListReply.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=bpfrl_dot_rpc_dot_node__pb2.ExplainRequest.FromString,
+                    response_serializer=bpfrl_dot_rpc_dot_node__pb2.ExplainReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -228,6 +245,33 @@ class Node:
             '/bpfrl.v1.Node/List',
             bpfrl_dot_rpc_dot_node__pb2.ListRequest.SerializeToString,
             bpfrl_dot_rpc_dot_node__pb2.ListReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/bpfrl.v1.Node/Explain',
+            bpfrl_dot_rpc_dot_node__pb2.ExplainRequest.SerializeToString,
+            bpfrl_dot_rpc_dot_node__pb2.ExplainReply.FromString,
             options,
             channel_credentials,
             insecure,

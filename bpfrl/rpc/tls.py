@@ -1,9 +1,9 @@
-"""The certificates that master and node show each other.
+"""The certificates that master, nodes and operators show each other.
 
-Either side has a folder with ``ca.crt``, ``tls.crt`` and ``tls.key``, as a Kubernetes TLS Secret is mounted and as
+Each has a folder with ``ca.crt``, ``tls.crt`` and ``tls.key``, as a Kubernetes TLS Secret is mounted and as
 cert-manager writes it. What a certificate is good for stands among its DNS names (subject alternative names): a node
-has ``node.bpfrl``, its master ``master.bpfrl``. Addresses do not matter: nodes come and go, and all of them are reached
-by IP address.
+has ``node.bpfrl``, its master ``master.bpfrl``, and people who look at nodes have ``operator.bpfrl``. Addresses do not
+matter: nodes come and go, and all of them are reached by IP address.
 
 Files are read again when they have changed: at each new connection.
 """
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 NODE: Final = "node.bpfrl"
 MASTER: Final = "master.bpfrl"
+OPERATOR: Final = "operator.bpfrl"
 AUTHORITY_FILE: Final = "ca.crt"
 CERTIFICATE_FILE: Final = "tls.crt"
 KEY_FILE: Final = "tls.key"
@@ -58,7 +59,7 @@ class Certificates:
 
     Args:
         folder: with ca.crt, tls.crt and tls.key.
-        role: what tls.crt must be good for, :data:`NODE` or :data:`MASTER`.
+        role: what tls.crt must be good for, :data:`NODE`, :data:`MASTER` or :data:`OPERATOR`.
 
     Raises (the constructor):
         CertificateError: the files are not there, or cannot be used.
@@ -85,6 +86,11 @@ class Certificates:
                 log.warning("going on with the certificates read before: %s", error)
             self._remind()
             return self._bundle
+
+    def expires(self) -> datetime:
+        """When the certificate expires that :meth:`current` holds."""
+        self.current()
+        return self._expires
 
     def _remind(self) -> None:
         """Say once a day that the certificate is about to expire, or has."""
@@ -146,7 +152,7 @@ def server_credentials(certificates: Certificates) -> grpc.ServerCredentials:
 
 
 def channel_credentials(bundle: Bundle) -> grpc.ChannelCredentials:
-    """What a master connects with; see also :data:`CHANNEL_OPTIONS`."""
+    """What a master or an operator connects with; see also :data:`CHANNEL_OPTIONS`."""
     return grpc.ssl_channel_credentials(bundle.authority, bundle.key, bundle.certificate)
 
 

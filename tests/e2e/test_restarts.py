@@ -620,7 +620,7 @@ def test_nobody_but_a_master_gets_in(cluster: Cluster, tmp_path: Path) -> None:
     assert all("refused 10.78.0.1:" in line for line in cluster.logged(node.daemon, refusal))
     # Were it for clients, too, it would still be no master's.
     sign(cluster, tmp_path / "node", tls.NODE, timedelta(days=1))
-    refusal = "the certificate is for node.bpfrl: it must have the DNS name master.bpfrl"
+    refusal = "the certificate is for node.bpfrl: it must have the DNS name master.bpfrl or operator.bpfrl"
     assert knock(tmp_path / "node") == f"PERMISSION_DENIED {refusal}"
     [line] = cluster.logged(node.daemon, refusal)
     assert "refused list from ipv4:10.78.0.1:" in line

@@ -955,16 +955,37 @@ async def each_method(stub: Any, uid: str) -> list[Outcome]:
 
 
 @pytest.mark.parametrize(("name", "role"), [("other", "other.example"), ("node-as-client", "node.bpfrl")])
-def test_a_certificate_without_the_masters_role_may_do_nothing(bed: Lab, pki: Path, name: str, role: str) -> None:
+def test_a_certificate_without_a_role_may_do_nothing(bed: Lab, pki: Path, name: str, role: str) -> None:
     limit(bed)
 
     async def calls(wire: Wire) -> None:
         before = snapshot(bed)
         async with connected(wire.port, credentials(pki / name)) as channel:
-            for done in await each_method(NodeStub(channel), bed.pod_uid):
-                text = f"the certificate is for {role}: it must have the DNS name master.bpfrl"
-                assert done == ([], "", "PERMISSION_DENIED", text)
+            *changes, listing = await each_method(NodeStub(channel), bed.pod_uid)
+            text = f"the certificate is for {role}: it must have the DNS name master.bpfrl"
+            assert changes == [([], "", "PERMISSION_DENIED", text)] * 3
+            assert listing == ([], "", "PERMISSION_DENIED", f"{text} or operator.bpfrl")
         assert snapshot(bed) == before
+
+    run(bed, pki, calls)
+
+
+def test_an_operator_may_look_and_change_nothing(bed: Lab, pki: Path) -> None:
+    limit(bed)
+
+    async def calls(wire: Wire) -> None:
+        before = snapshot(bed)
+        async with connected(wire.port, credentials(pki / "operator")) as channel:
+            *changes, listing = await each_method(NodeStub(channel), bed.pod_uid)
+            text = "the certificate is for operator.bpfrl: it must have the DNS name master.bpfrl"
+            assert changes == [([], "", "PERMISSION_DENIED", text)] * 3
+            assert listing == ([], "", "OK", "")
+        assert snapshot(bed) == before
+        operator = NodeClient("127.0.0.1", wire.port, tls.Certificates(pki / "operator", tls.OPERATOR))
+        try:
+            assert [found.pod.uid for found in await operator.list() if isinstance(found, Status)] == [bed.pod_uid]
+        finally:
+            await operator.close()
 
     run(bed, pki, calls)
 

@@ -448,3 +448,50 @@ def test_a_service_accounts_server_must_prove_itself() -> None:
             return context.verify_mode
 
     assert run(work()) is ssl.CERT_REQUIRED
+
+
+# Which namespace.
+
+
+@pytest.mark.usefixtures("nothing")
+@pytest.mark.parametrize(
+    ("current", "context", "namespace"),
+    [("here", None, "shop"), ("there", None, "default"), ("here", "there", "default"), ("there", "here", "shop")],
+)
+def test_a_context_names_the_namespace(current: str, context: str | None, namespace: str, tmp_path: Path) -> None:
+    path = write_kubeconfig(tmp_path / "kubeconfig")
+    whole = yaml.safe_load(path.read_text())
+    whole["current-context"] = current
+    whole["contexts"][0]["context"]["namespace"] = "shop"
+    path.write_text(yaml.safe_dump(whole))
+    assert module.namespace_of(path, context) == namespace
+
+
+@pytest.mark.usefixtures("home")
+def test_without_more_said_it_is_the_users_namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert module.namespace_of(None, None) == "default"
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "nowhere"))
+    with pytest.raises(ClusterError, match="nowhere is not there"):
+        module.namespace_of(None, None)
+
+
+@pytest.mark.usefixtures("nothing")
+@pytest.mark.parametrize("context", [None, "nowhere"])
+@pytest.mark.parametrize("text", [None, "", "[]", "a: [", "contexts: 7", "contexts: [{name: nowhere}]"])
+def test_a_namespace_that_is_not_named_is_told_in_one_line(
+    text: str | None, context: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "kubeconfig"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ClusterError) as caught:
+        module.namespace_of(path, context)
+    assert str(caught.value).startswith("no namespace: ")
+    assert str(caught.value).endswith(" (-n names one, -A is all of them)")
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.usefixtures("nothing")
+def test_who_names_no_cluster_gets_the_callers_advice(tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match=r"is not there \(do something else\)$"):
+        run(connect(tmp_path / "nowhere", None, "do something else"))

@@ -26,13 +26,18 @@ from cryptography.x509.verification import PolicyBuilder, Store, VerificationErr
 from bpfrl.errors import CertificateError
 from bpfrl.rpc import authority, tls
 
-ROLES = {"node": "node.bpfrl", "master": "master.bpfrl"}
-USAGES = {"node": ExtendedKeyUsageOID.SERVER_AUTH, "master": ExtendedKeyUsageOID.CLIENT_AUTH}
-CERTIFICATES = ("ca.crt", "node/tls.crt", "master/tls.crt")
+ROLES = {"node": "node.bpfrl", "master": "master.bpfrl", "operator": "operator.bpfrl"}
+USAGES = {
+    "node": ExtendedKeyUsageOID.SERVER_AUTH,
+    "master": ExtendedKeyUsageOID.CLIENT_AUTH,
+    "operator": ExtendedKeyUsageOID.CLIENT_AUTH,
+}
+CERTIFICATES = ("ca.crt", "node/tls.crt", "master/tls.crt", "operator/tls.crt")
 FILES = {
     *("ca.crt", "ca.key"),
     *("node/ca.crt", "node/tls.crt", "node/tls.key"),
     *("master/ca.crt", "master/tls.crt", "master/tls.key"),
+    *("operator/ca.crt", "operator/tls.crt", "operator/tls.key"),
 }
 
 
@@ -72,18 +77,18 @@ def folder(tmp_path: Path) -> Path:
 # What is made.
 
 
-def test_an_authority_and_two_certificates_are_made(tmp_path: Path) -> None:
+def test_an_authority_and_a_certificate_for_each_role_are_made(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "pki"
     assert made(authority.init(folder, 30), folder) == set(CERTIFICATES)
     assert set(contents(folder)) == FILES
     own = (folder / "ca.crt").read_bytes()
-    assert [(folder / name / "ca.crt").read_bytes() for name in ROLES] == [own, own]
+    assert [(folder / name / "ca.crt").read_bytes() for name in ROLES] == [own] * 3
 
 
 def test_nobody_else_can_read_a_key(folder: Path) -> None:
     modes = {name: stat.S_IMODE((folder / name).stat().st_mode) for name in FILES}
     assert modes == {name: 0o600 if name.endswith(".key") else 0o644 for name in FILES}
-    for each in (folder, folder / "node", folder / "master"):
+    for each in (folder, *(folder / name for name in ROLES)):
         assert stat.S_IMODE(each.stat().st_mode) == 0o700
 
 
@@ -127,12 +132,13 @@ def test_another_implementation_verifies_the_nodes_certificate(folder: Path) -> 
         verifier(folder).build_client_verifier().verify(certificate, [])
 
 
-def test_another_implementation_verifies_the_masters_certificate(folder: Path) -> None:
-    certificate = load(folder / "master" / "tls.crt")
+@pytest.mark.parametrize("name", ["master", "operator"])
+def test_another_implementation_verifies_a_clients_certificate(folder: Path, name: str) -> None:
+    certificate = load(folder / name / "tls.crt")
     verified = verifier(folder).build_client_verifier().verify(certificate, [])
-    assert list(verified.subjects or ()) == [x509.DNSName("master.bpfrl")]
+    assert list(verified.subjects or ()) == [x509.DNSName(ROLES[name])]
     with pytest.raises(VerificationError):
-        verifier(folder).build_server_verifier(x509.DNSName("master.bpfrl")).verify(certificate, [])
+        verifier(folder).build_server_verifier(x509.DNSName(ROLES[name])).verify(certificate, [])
 
 
 # Again: what is good is kept.
@@ -145,9 +151,18 @@ def test_what_is_good_is_kept(folder: Path) -> None:
     assert contents(folder) == before
 
 
-def test_renewing_makes_both_certificates_anew_and_keeps_the_authority(folder: Path) -> None:
+def test_a_folder_of_before_there_were_operators_gets_their_certificate(folder: Path) -> None:
+    shutil.rmtree(folder / "operator")
     before = contents(folder)
-    assert made(authority.init(folder, 60, renew=True), folder) == {"node/tls.crt", "master/tls.crt"}
+    assert made(authority.init(folder, 30), folder) == {"operator/tls.crt"}
+    after = contents(folder)
+    assert set(after) == FILES
+    assert before.items() <= after.items()
+
+
+def test_renewing_makes_all_certificates_anew_and_keeps_the_authority(folder: Path) -> None:
+    before = contents(folder)
+    assert made(authority.init(folder, 60, renew=True), folder) == {f"{name}/tls.crt" for name in ROLES}
     after = contents(folder)
     changed = {name for name in FILES if before[name] != after[name]}
     assert changed == {f"{name}/{file}" for name in ROLES for file in ("tls.crt", "tls.key")}
@@ -294,7 +309,7 @@ def test_secrets_carry_the_certificates_and_not_the_authoritys_key(folder: Path)
         {"name": "bpfrl-node", "namespace": "limits"},
         {"name": "bpfrl-master", "namespace": "limits"},
     ]
-    for document, name in zip(documents, ROLES, strict=True):
+    for document, name in zip(documents, ("node", "master"), strict=True):
         kind = (document["apiVersion"], document["kind"], document["type"])
         assert kind == ("v1", "Secret", "kubernetes.io/tls")
         data = {file: base64.b64decode(value, validate=True) for file, value in document["data"].items()}

@@ -95,6 +95,15 @@ def test_the_same_figures_make_the_same_page_and_pictures(tmp_path: Path) -> Non
     assert len(list((tmp_path / "one").iterdir())) == 5
 
 
+def test_the_comparison_has_the_figures_of_the_benchmarks(tmp_path: Path) -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    copy = tmp_path / "comparison.md"
+    copy.write_text((docs / "comparison.md").read_text())
+    report.fill(Results.load(docs.parent / "bench" / "results" / "latest.json"), copy)
+    assert copy.read_text() == (docs / "comparison.md").read_text()
+    assert "CNI bandwidth" in copy.read_text().split("## Measured here")[1].split("## Published")[0]
+
+
 def test_a_page_is_made_of_whatever_there_is(tmp_path: Path) -> None:
     written = page(Results(MACHINE, [], Before("2026-01-01", [])), tmp_path)
     assert "Nowhere in these figures." in written

@@ -37,8 +37,11 @@ def failure(result: Result, code: int) -> str:
     return line
 
 
-def lines(folder: Path, authority: str, node: str, master: str) -> str:
-    return f"{folder}/ca.crt {authority}\n{folder}/node/tls.crt {node}\n{folder}/master/tls.crt {master}\n"
+def lines(folder: Path, authority: str, *roles: str) -> str:
+    told = {"ca.crt": authority} | {
+        f"{name}/tls.crt": role for name, role in zip(("node", "master", "operator"), roles, strict=True)
+    }
+    return "".join(f"{folder}/{name} {what}\n" for name, what in told.items())
 
 
 @pytest.mark.parametrize("command", [(), ("init",), ("secrets",)])
@@ -50,20 +53,20 @@ def test_every_command_explains_itself(command: tuple[str, ...]) -> None:
 
 def test_init_tells_what_was_made_and_what_was_kept(tmp_path: Path) -> None:
     folder = tmp_path / "pki"
-    assert success(run("init", folder)) == lines(folder, "made", "made", "made")
+    assert success(run("init", folder)) == lines(folder, "made", "made", "made", "made")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert success(run("init", folder)) == lines(folder, "kept", "kept", "kept")
+    assert success(run("init", folder)) == lines(folder, "kept", "kept", "kept", "kept")
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     (folder / "node" / "tls.crt").unlink()
-    assert success(run("init", folder)) == lines(folder, "kept", "made", "kept")
-    assert success(run("init", "--renew", folder)) == lines(folder, "kept", "made", "made")
+    assert success(run("init", folder)) == lines(folder, "kept", "made", "kept", "kept")
+    assert success(run("init", "--renew", folder)) == lines(folder, "kept", "made", "made", "made")
     assert stat.S_IMODE((folder / "ca.key").stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize(("options", "days"), [((), 365), (("--days", "1"), 1), (("--days", "36500"), 36_500)])
 def test_certificates_are_good_as_long_as_asked_for(tmp_path: Path, options: tuple[str, ...], days: int) -> None:
     success(run("init", *options, tmp_path))
-    for name, role in (("node", tls.NODE), ("master", tls.MASTER)):
+    for name, role in (("node", tls.NODE), ("master", tls.MASTER), ("operator", tls.OPERATOR)):
         pem = tls.Certificates(tmp_path / name, role).current().certificate
         certificate = x509.load_pem_x509_certificate(pem)
         assert (certificate.not_valid_after_utc - certificate.not_valid_before_utc).days == days

@@ -15,9 +15,11 @@ import grpc
 import pytest
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
+from bpfrl import __version__
 from bpfrl.bpf.layout import Counters
 from bpfrl.bpf.limiter import Broken, Status
 from bpfrl.errors import BpfrlError, RefusedError, UnreachableError
+from bpfrl.explanation import Refusal, Report, Sockets
 from bpfrl.limits import Change, Limits, PodRef
 from bpfrl.rpc import authority, client, messages, node_pb2, tls
 from bpfrl.rpc.client import NodeClient
@@ -59,6 +61,7 @@ class Node(NodeServicer):
         self.asked: list[Any] = []
         self.peers: list[str] = []
         self.limiters: list[node_pb2.Limiter] = []
+        self.report = Report(__version__)
         self.refusal: tuple[grpc.StatusCode, str] | None = None
 
     async def take(self, requests: Requests, _: Context) -> AsyncIterator[node_pb2.AttachReply]:
@@ -85,6 +88,12 @@ class Node(NodeServicer):
     async def List(self, request: node_pb2.ListRequest, context: Context) -> node_pb2.ListReply:  # noqa: N802
         await self._answer(request, context)
         return node_pb2.ListReply(limiters=self.limiters)
+
+    async def Explain(  # noqa: N802
+        self, request: node_pb2.ExplainRequest, context: Context
+    ) -> node_pb2.ExplainReply:
+        await self._answer(request, context)
+        return messages.from_report(self.report)
 
     async def _answer(self, request: object, context: Context) -> node_pb2.Done:
         self.asked.append(request)
@@ -229,7 +238,12 @@ def test_calls_go_over_one_connection() -> None:
 def test_a_refusal_keeps_its_code_and_reason(code: str) -> None:
     node = Node()
     node.refusal = (grpc.StatusCode[code], "a reason\nin two lines")
-    for method in (lambda own: own.update(UID, LIMITS), lambda own: own.detach(UID), lambda own: own.list()):
+    for method in (
+        lambda own: own.update(UID, LIMITS),
+        lambda own: own.detach(UID),
+        lambda own: own.list(),
+        lambda own: own.explain(UID),
+    ):
         assert refused(node, method) == (code, "a reason in two lines")
 
 
@@ -627,3 +641,19 @@ def test_a_node_of_another_authority_is_not_trusted(pki: Path, authorities: Path
     with pytest.raises(UnreachableError, match="CERTIFICATE_VERIFY_FAILED"):
         asyncio.run(run())
     assert node.asked == []
+
+
+# Explaining.
+
+
+def test_a_node_explains_one_pod() -> None:
+    node = Node()
+    node.report = Report("1", cgroup="/x", limiter=STATUS, sockets=Sockets(3, 2), refusal=Refusal(1.0, "attach", "no"))
+    assert call(node, lambda own: own.explain(UID)) == node.report
+    assert node.asked == [node_pb2.ExplainRequest(uid=UID)]
+
+
+def test_a_node_that_does_not_know_how_to_explain_is_told_by_the_code() -> None:
+    node = Node()
+    node.refusal = (grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+    assert refused(node, lambda own: own.explain(UID)) == ("UNIMPLEMENTED", "Method not found!")

@@ -18,6 +18,7 @@ from bpfrl.master import controller as module
 from bpfrl.master.controller import Controller
 from bpfrl.master.events import Reason
 from bpfrl.master.nodes import Want
+from bpfrl.master.observer import Observer
 from bpfrl.master.pods import Pod
 from tests.unit.fakes import (
     BUILD,
@@ -49,8 +50,11 @@ class Worker:
         slow: how long it takes to stop, s.
     """
 
-    def __init__(self, client: Node, recorder: Told, resync: float, is_orphan: Callable[[str], bool]) -> None:
+    def __init__(
+        self, client: Node, recorder: Told, resync: float, is_orphan: Callable[[str], bool], observer: Observer
+    ) -> None:
         self.client, self.recorder, self.resync, self.is_orphan = client, recorder, resync, is_orphan
+        self.observer = observer
         self.wants: dict[str, Want] = {}
         self.lives: dict[str, bool] = {}
         self.looked = 0

@@ -18,6 +18,7 @@ import bpfrl.master.daemon
 import bpfrl.node.daemon
 from bpfrl import cgroup
 from bpfrl.cli import cli
+from bpfrl.node.daemon import Monitoring
 from bpfrl.rpc import authority, corelog, tls
 
 pytestmark = pytest.mark.usefixtures("logs", "settings")
@@ -32,7 +33,7 @@ def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("BPFRL_CERTS", "KUBECONFIG"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(corelog, "redirect", lambda: None)
+    monkeypatch.setattr(corelog, "redirect", lambda **_: None)
 
 
 @dataclass
@@ -108,6 +109,11 @@ USAGE_ERRORS: dict[str, tuple[tuple[str, ...], str]] = {
         ("serve-master", "--insecure", "--manifests", "x", "--context", "y"),
         "leave out --kubeconfig and --context",
     ),
+    "node: no address for metrics": (("serve-node", "--insecure", "--http", "here"), NODE_FORM),
+    "node: no number of pods": (("serve-node", "--insecure", "--max-pods-in-metrics", "-1"), "-1 is not in the range"),
+    "node: no log format": (("serve-node", "--insecure", "--log-format", "xml"), "'xml' is not one of 'text', 'json'"),
+    "master: no address for metrics": (("serve-master", "--insecure", "--http", "::1:1"), NODE_FORM),
+    "master: no log format": (("serve-master", "--insecure", "--log-format", "xml"), "'xml' is not one of"),
     "master: no port": (("serve-master", "--insecure", "--node-port", "0"), "'--node-port': 0 is not in the range"),
     "master: no such port": (("serve-master", "--insecure", "--node-port", "65536"), "65536 is not in the range"),
     "master: asks without end": (("serve-master", "--insecure", "--resync", "0"), "'--resync': 0 is not in the"),
@@ -270,7 +276,54 @@ def test_a_nodes_pods_cooperate_unless_it_is_told_otherwise(
     served: list[Served], typed: tuple[str, ...], *, cooperates: bool
 ) -> None:
     assert run("serve-node", "--insecure", "--listen", "127.0.0.1:0", *typed).exit_code == 0
-    assert [each.options for each in served] == [{"cooperate": cooperates}]
+    assert [each.options for each in served] == [{"cooperate": cooperates, "monitoring": None}]
+
+
+@pytest.mark.usefixtures("root_logger")
+@pytest.mark.parametrize(
+    ("typed", "monitoring"),
+    [
+        (("--http", ":10003"), Monitoring("[::]:10003", pod_labels=True, most_pods=500)),
+        (
+            ("--http", "127.0.0.1:1", "--no-pod-labels", "--max-pods-in-metrics", "0"),
+            Monitoring("127.0.0.1:1", pod_labels=False, most_pods=0),
+        ),
+        (("--no-pod-labels",), None),
+    ],
+)
+def test_a_node_is_monitored_where_it_is_asked_for(
+    served: list[Served], typed: tuple[str, ...], monitoring: Monitoring | None
+) -> None:
+    assert run("serve-node", "--insecure", "--listen", "127.0.0.1:0", *typed).exit_code == 0
+    assert [each.options["monitoring"] for each in served] == [monitoring]
+
+
+@pytest.mark.usefixtures("root_logger")
+@pytest.mark.parametrize(
+    ("typed", "http", "most"),
+    [
+        ((), None, 1000),
+        (("--http", "[::1]:10004"), "[::1]:10004", 1000),
+        (("--http", ":1", "--max-nodes-in-metrics", "7"), "[::]:1", 7),
+    ],
+)
+def test_a_master_is_monitored_where_it_is_asked_for(
+    served: list[Served], tmp_path: Path, typed: tuple[str, ...], http: str | None, most: int
+) -> None:
+    assert run("serve-master", "--insecure", "--manifests", tmp_path, *typed).exit_code == 0
+    [settings] = [each.arguments[0] for each in served]
+    assert (settings.http, settings.max_nodes_in_metrics) == (http, most)
+
+
+@pytest.mark.usefixtures("root_logger")
+def test_without_http_nothing_of_it_is_imported() -> None:
+    """A node's memory is other people's."""
+    program = (
+        "import sys; from bpfrl.cli import cli; import bpfrl.node.daemon, bpfrl.node.server;"
+        "print(sorted({'aiohttp', 'prometheus_client'} & sys.modules.keys()))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)
+    assert result.stdout == "[]\n"
 
 
 @pytest.mark.usefixtures("root_logger")

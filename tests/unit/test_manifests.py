@@ -17,7 +17,7 @@ from bpfrl.limits import Limits, PodRef
 from bpfrl.master import manifests as module
 from bpfrl.master.annotations import EGRESS
 from bpfrl.master.manifests import ManifestWatch
-from bpfrl.master.pods import Pod
+from bpfrl.master.pods import Pod, read
 from bpfrl.units import Rate
 from tests.unit.fakes import HASH, Sink, run, running, uid_of, until
 
@@ -227,7 +227,7 @@ _PIECES = st.sampled_from(
 def test_no_content_of_a_file_is_more_than_a_problem(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "any.yaml").write_bytes(content)
     try:
-        pods = module._read_file(tmp_path / "any.yaml")
+        pods = [read(raw) for raw in module.read_file(tmp_path / "any.yaml")]
     except InvalidValueError:
         return
     assert {pod.uid for pod in pods} <= {uid_of(1)}

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from bpfrl.bpf.layout import Counters
 from bpfrl.bpf.limiter import Broken, Status
 from bpfrl.errors import InvalidValueError
+from bpfrl.explanation import Attached, Refusal, Report, Sockets
 from bpfrl.limits import Change, Limits, PodRef
 from bpfrl.rpc import messages, node_pb2
 from bpfrl.units import Rate
@@ -187,3 +188,40 @@ def test_whatever_limiter_comes_is_one_or_refused(message: node_pb2.Limiter) -> 
         one_line(error)
     else:
         assert isinstance(found, Broken if message.broken else Status)
+
+
+# What a node tells of a pod.
+
+words = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+small = st.integers(0, 2**32 - 1)
+programs = st.builds(Attached, words, small, words, st.binary(max_size=8), words, words, words)
+reports = st.builds(
+    Report,
+    version=words,
+    cgroup=words,
+    no_cgroup=words,
+    limiter=st.none() | statuses | broken,
+    programs=st.lists(programs, max_size=3).map(tuple),
+    cooperates=st.booleans(),
+    sockets=st.none() | st.builds(Sockets, numbers, numbers),
+    no_sockets=words,
+    refusal=st.none() | st.builds(Refusal, times, words, words),
+)
+
+
+@given(reports)
+def test_what_a_node_knows_arrives_as_it_was_sent(report: Report) -> None:
+    wire = messages.from_report(report).SerializeToString()
+    assert messages.to_report(node_pb2.ExplainReply.FromString(wire)) == report
+
+
+def test_a_path_that_is_no_text_can_be_sent_all_the_same() -> None:
+    odd = "/sys/fs/cgroup/\udcff"
+    report = Report("1", cgroup=odd, programs=(Attached("hook", 1, "name", b"", "kind", odd, "multi"),))
+    found = messages.to_report(messages.from_report(report))
+    assert (found.cgroup, found.programs[0].cgroup) == ("/sys/fs/cgroup/\ufffd",) * 2
+
+
+def test_a_report_about_an_impossible_limiter_is_refused() -> None:
+    with pytest.raises(InvalidValueError, match="is no pod UID"):
+        messages.to_report(node_pb2.ExplainReply(limiter=node_pb2.Limiter(pod=node_pb2.Pod(uid="x"))))

@@ -13,7 +13,7 @@ from bpfrl import render
 from bpfrl.bpf.layout import Counters
 from bpfrl.bpf.limiter import Broken, Status
 from bpfrl.limits import Limits, PodRef
-from bpfrl.render import Row
+from bpfrl.render import Row, Sample, View
 from bpfrl.units import Rate
 
 UID = "8c4a6c1e-0f6b-4c0e-9d0b-0a5f5a3a7f10"
@@ -42,8 +42,17 @@ BROKEN = Broken("f" * 32, "attach or detach was cut off: repeat it")
 ROWS = [Row(WEB, NOW, Path("/sys/fs/cgroup/kubepods.slice/kubepods-pod1.slice")), Row(NAMELESS, NOW)]
 
 
-def drawn(console: Console, rows: list[Row], broken: list[Broken], *, wide: bool = False, rates: bool = False) -> str:
-    console.print(render.table(rows, broken, wide=wide, rates=rates))
+def drawn(
+    console: Console,
+    rows: list[Row],
+    broken: list[Broken],
+    *,
+    wide: bool = False,
+    rates: bool = False,
+    view: View = View.HERE,
+) -> str:
+    all_of_them = [*rows, *(Row(each, NOW) for each in broken)]
+    console.print(render.table(all_of_them, view=view, wide=wide, rates=rates))
     assert isinstance(console.file, StringIO)
     return console.file.getvalue()
 
@@ -54,6 +63,16 @@ def piped() -> Console:
 
 def terminal() -> Console:
     return Console(file=StringIO(), width=4_096, highlight=False, force_terminal=True, color_system="standard")
+
+
+KNOWN = PodRef(UID, "shop", "cart-5d9c7b8f4-x2x7p")
+ASKS = Limits(Rate(20_000_000))
+# What a cluster has: a pod as it should be, one that has nothing yet, and one whose limiter is broken.
+PODS = [
+    Row(WEB, NOW, node="node-1", pod=KNOWN, state="ok", wanted=WEB.limits),
+    Row(None, NOW, node="node-2", pod=PodRef("e" * 32, "till", "web"), state="pending", reason="asks", wanted=ASKS),
+    Row(BROKEN, NOW, node="node-1", pod=PodRef(BROKEN.uid), state="broken", reason=BROKEN.reason, wanted=ASKS),
+]
 
 
 def cells(line: str) -> list[str]:
@@ -152,8 +171,8 @@ def test_rates_follow_from_an_earlier_look() -> None:
 
 
 def test_json_and_yaml_say_the_same_with_exact_numbers() -> None:
-    document = json.loads(render.to_json(ROWS, [BROKEN]))
-    assert document == yaml.safe_load(render.to_yaml(ROWS, [BROKEN]))
+    document = json.loads(render.to_json([*ROWS, Row(BROKEN, NOW)]))
+    assert document == yaml.safe_load(render.to_yaml([*ROWS, Row(BROKEN, NOW)]))
     assert document == {
         "items": [
             {
@@ -213,24 +232,24 @@ def test_json_and_yaml_say_the_same_with_exact_numbers() -> None:
 
 def test_a_clock_that_was_set_back_makes_no_negative_age() -> None:
     row = Row(NAMELESS, NOW - 60)
-    [item] = json.loads(render.to_json([row], []))["items"]
+    [item] = json.loads(render.to_json([row]))["items"]
     assert item["age_seconds"] == 0
     assert cells(drawn(piped(), [row], []).splitlines()[1])[-1] == "0s"
 
 
 def test_uids_of_digits_alone_stay_text_in_yaml() -> None:
-    [item] = yaml.safe_load(render.to_yaml([], [Broken("1" * 32, "x: y # z")]))["items"]
+    [item] = yaml.safe_load(render.to_yaml([Row(Broken("1" * 32, "x: y # z"), NOW)]))["items"]
     assert item == {"uid": "1" * 32, "error": "x: y # z"}
 
 
 def test_nothing_is_an_empty_list_for_programs() -> None:
-    assert json.loads(render.to_json([], [])) == yaml.safe_load(render.to_yaml([], [])) == {"items": []}
-    assert render.to_names([], []) == ""
+    assert json.loads(render.to_json([])) == yaml.safe_load(render.to_yaml([])) == {"items": []}
+    assert render.to_names([]) == ""
 
 
 def test_names_are_a_line_each_as_kubectls() -> None:
     service = Row(Status(PodRef("cgroup-7"), WEB.limits, WEB.egress, WEB.ingress, 7, NOW), NOW)
-    names = render.to_names([*ROWS, service], [BROKEN])
+    names = render.to_names([*ROWS, service, Row(BROKEN, NOW)])
     assert names.splitlines() == [f"pod/{UID}", f"pod/{STATIC_UID}", "cgroup-7", f"pod/{BROKEN.uid}"]
 
 
@@ -283,3 +302,204 @@ def test_a_short_number_has_three_digits_and_a_prefix(number: float, text: str) 
 )
 def test_an_age_is_the_largest_whole_unit(seconds: float, text: str) -> None:
     assert render.age(seconds) == text
+
+
+# Other nodes, and clusters.
+
+
+def test_another_nodes_limiters_are_named_with_it_in_wide_tables() -> None:
+    rows = [Row(WEB, NOW, node="192.0.2.7"), Row(NAMELESS, NOW, node="node-2")]
+    assert drawn(piped(), rows, [], view=View.NODES) == drawn(piped(), rows, [])
+    header, web, nameless, _ = drawn(piped(), rows, [], view=View.NODES, wide=True).splitlines()
+    assert cells(header)[:3] == ["UID", "POD", "NODE"]
+    assert [cells(line)[2] for line in (web, nameless)] == ["192.0.2.7", "node-2"]
+    # The path is known there alone.
+    assert [cells(line)[-1] for line in (web, nameless)] == ["id=4711", "gone"]
+    assert "broken: node-2: " in drawn(piped(), [Row(BROKEN, NOW, node="node-2")], [], view=View.NODES)
+    [item] = json.loads(render.to_json(rows[:1]))["items"]
+    assert (item["node"], item["cgroup_id"], item["cgroup"]) == ("192.0.2.7", 4_711, None)
+    assert json.loads(render.to_json([Row(BROKEN, NOW, node="node-2")]))["items"] == [
+        {"uid": BROKEN.uid, "error": BROKEN.reason, "node": "node-2"}
+    ]
+
+
+@pytest.mark.parametrize(("view", "first"), [(View.CLUSTER, ["NAMESPACE", "POD"]), (View.NAMESPACE, ["POD"])])
+def test_a_clusters_pods_are_known_by_their_names_and_have_a_state(view: View, first: list[str]) -> None:
+    header, web, pending, broken = drawn(piped(), PODS, [], view=view).splitlines()
+    counters = ["TX-BYTES", "TX-PKTS", "TX-DROP-BYTES", "TX-DROP-PKTS"]
+    received = [title.replace("TX", "RX") for title in counters]
+    assert cells(header) == [*first, "NODE", "EGRESS", *counters, "INGRESS", *received, "AGE", "STATE"]
+    namespaces = (["shop"], ["till"], ["-"]) if view is View.CLUSTER else ([], [], [])
+    assert cells(web)[: len(first) + 2] == [*namespaces[0], KNOWN.name, "node-1", "10mbit"]
+    assert cells(web)[-2:] == ["2h", "ok"]
+    assert cells(pending) == [*namespaces[1], "web", "node-2", *["-"] * 11, "pending: asks"]
+    assert cells(broken)[-1] == f"broken: {BROKEN.reason}"
+    assert cells(broken)[len(first) - 1] == BROKEN.uid
+
+
+def test_a_wide_table_of_pods_has_their_uids_too() -> None:
+    header, web, pending, _ = drawn(piped(), PODS, [], view=View.CLUSTER, wide=True).splitlines()
+    assert cells(header)[:4] == ["NAMESPACE", "POD", "UID", "NODE"]
+    assert cells(header)[-4:] == ["PACED", "BURST", "CGROUP", "STATE"]
+    assert (cells(web)[2], cells(web)[-4:]) == (UID, ["all", "64Ki", "id=4711", "ok"])
+    assert cells(pending)[-4:] == ["-", "-", "-", "pending: asks"]
+
+
+def test_programs_are_told_what_a_pod_asks_for_and_what_it_has() -> None:
+    document = json.loads(render.to_json(PODS))
+    assert document == yaml.safe_load(render.to_yaml(PODS))
+    web, pending, broken = document["items"]
+    [alone] = json.loads(render.to_json([Row(WEB, NOW)]))["items"]
+    wanted = {"egress_bits_per_second": 10_000_000, "ingress_bits_per_second": 1_500_000_000, "burst_bytes": 65_536}
+    assert web == alone | {"node": "node-1", "state": "ok", "reason": "", "wanted": wanted}
+    asked: dict[str, int | None] = {"egress_bits_per_second": 20_000_000}
+    asked |= dict.fromkeys(("ingress_bits_per_second", "burst_bytes"))
+    assert pending == dict[str, object].fromkeys(web) | {
+        "uid": "e" * 32,
+        "namespace": "till",
+        "name": "web",
+        "node": "node-2",
+        "state": "pending",
+        "reason": "asks",
+        "wanted": asked,
+    }
+    assert (broken["state"], broken["reason"], broken["egress"]) == ("broken", BROKEN.reason, None)
+    orphan = Row(WEB, NOW, node="node-1", pod=KNOWN, state="orphan", reason="no such pod")
+    assert json.loads(render.to_json([orphan]))["items"][0]["wanted"] is None
+
+
+def test_pods_that_the_cluster_knows_are_named_as_kubectl_names_them() -> None:
+    assert render.to_names(PODS).splitlines() == [f"pod/{KNOWN.name}", "pod/web", f"pod/{BROKEN.uid}"]
+
+
+def test_a_row_of_nothing_is_a_mistake() -> None:
+    with pytest.raises(ValueError, match="of a limiter, or of a pod"):
+        render.to_names([Row(None, NOW)])
+
+
+# Sorting.
+
+
+def status(name: str, *, egress: int = 0, ingress: int = 0, age: float = 0, counted: int = 0) -> Status:
+    """A limiter of the pod a/NAME, or of one without a name."""
+    pod = PodRef(f"{ord(name[-1]):032x}", "a", name) if len(name) == 1 else PodRef(f"{ord(name[-1]):032x}")
+    limits = Limits(Rate(egress) if egress else None, Rate(ingress) if ingress else None)
+    counters = Counters(counted, counted, counted, counted)
+    return Status(pod, limits, counters, counters, 7, NOW - age)
+
+
+SORTED: dict[str, tuple[str, list[Row], str]] = {
+    "names, and then those without": (
+        "name",
+        [Row(status("-x"), NOW), Row(status("b"), NOW), Row(status("-w"), NOW), Row(status("a"), NOW)],
+        "abwx",
+    ),
+    "the oldest first": ("age", [Row(status("a", age=1), NOW), Row(status("b", age=5), NOW)], "ba"),
+    "the highest limit first, unlimited last": (
+        "egress",
+        [
+            Row(status("a", ingress=9_000), NOW),
+            Row(status("b", egress=1_000), NOW),
+            Row(status("c", egress=2_000), NOW),
+        ],
+        "cba",
+    ),
+    "ingress likewise": (
+        "ingress",
+        [Row(status("a", egress=9_000), NOW), Row(status("b", ingress=1_000), NOW)],
+        "ba",
+    ),
+    "equals by name": ("sent", [Row(status("c"), NOW), Row(status("a"), NOW), Row(status("b"), NOW)], "abc"),
+    "most sent first": ("sent", [Row(status("a", counted=1), NOW), Row(status("b", counted=2), NOW)], "ba"),
+    "most received first": ("received", [Row(status("a", counted=1), NOW), Row(status("b", counted=2), NOW)], "ba"),
+    "most dropped first": ("dropped", [Row(status("a", counted=1), NOW), Row(status("b", counted=2), NOW)], "ba"),
+    "who has no limiter last": (
+        "dropped",
+        [Row(None, NOW, pod=PodRef(UID, "a", "a")), Row(status("b"), NOW)],
+        "ba",
+    ),
+    "what passes now": (
+        "sending",
+        [
+            Row(status("a", counted=9), NOW),
+            Row(status("b", counted=9), NOW, before=(status("b", counted=8), NOW - 1)),
+            Row(status("c", counted=2), NOW, before=(status("c", counted=0), NOW - 1)),
+        ],
+        "cba",
+    ),
+}
+
+
+@pytest.mark.parametrize(("key", "rows", "expected"), SORTED.values(), ids=SORTED)
+def test_rows_are_sorted_by_name_upwards_and_by_numbers_downwards(key: str, rows: list[Row], expected: str) -> None:
+    ordered = render.sort(rows, key)
+    assert "".join(row.ref.name or chr(int(row.ref.uid, 16)) for row in ordered) == expected
+
+
+@pytest.mark.parametrize("key", render.SORT_KEYS)
+def test_every_key_takes_every_kind_of_row(key: str) -> None:
+    rows = [*ROWS, *PODS, Row(BROKEN, NOW), Row(WEB, NOW, before=(WEB, NOW - 1))]
+    assert sorted(map(id, render.sort(rows, key))) == sorted(map(id, rows))
+
+
+# Drawn again and again.
+
+
+def pictured(rows: list[Row], *, width: int = 200, wide: bool = False, view: View = View.HERE) -> list[str]:
+    console = Console(file=StringIO(), width=width, highlight=False)
+    console.print(render.table(rows, view=view, wide=wide, rates=True, drawn=True))
+    assert isinstance(console.file, StringIO)
+    return console.file.getvalue().splitlines()
+
+
+SAMPLES = (Sample(None, None), Sample(0.0, 0.0), Sample(5_000_000.0, 1_500_000_000.0), Sample(99e6, 0.0))
+
+
+def test_a_picture_shows_what_passes_against_the_limit() -> None:
+    header, web, nameless, _ = pictured([Row(WEB, NOW, samples=SAMPLES), Row(NAMELESS, NOW, samples=SAMPLES)])
+    titles = ["POD", "EGRESS", "SENDING", "TX-LOAD", "INGRESS", "RECEIVING", "RX-LOAD", "DROPPING", "DROPS"]
+    assert cells(header) == titles
+    at = [header.index("TX-LOAD"), header.index("RX-LOAD")]
+    assert [web[place : place + 4] for place in at] == [" ▁▅█", " ▁█▁"]
+    # A direction without a limit has none to compare with.
+    assert nameless[at[1] : at[1] + 4].strip() == "-"
+    assert cells(web)[0] == str(WEB.pod)
+    assert cells(nameless)[0] == STATIC_UID
+
+
+def test_where_there_is_little_room_pictures_show_less_time_and_numbers_stay_whole() -> None:
+    long = tuple(Sample(10_000_000.0, 0.0) for _ in range(30))
+    row = Row(WEB, NOW, before=(WEB, NOW - 1), samples=long)
+    full = pictured([row])
+    assert full[1].count("█") == 30
+    header, narrow = pictured([row], width=len(full[1].rstrip()) - 30)
+    assert 7 <= narrow.count("█") < 30
+    assert cells(header)[0] == "POD"
+    assert {str(WEB.pod), "10mbit", "1500mbit", "0bit"} <= set(cells(narrow))
+    assert "…" not in narrow
+
+
+def test_drops_are_a_share_of_all_bytes_since_the_look_before() -> None:
+    def look(passed: int, dropped: int) -> Status:
+        counters = Counters(0, passed, 0, dropped)
+        return Status(WEB.pod, WEB.limits, counters, counters, 1, 0.0)
+
+    rows = [
+        Row(look(1_900, 1_100), NOW, before=(look(1_000, 1_000), NOW - 1)),
+        Row(look(1_000, 0), NOW, before=(look(0, 0), NOW - 1)),
+        Row(look(1_000, 500), NOW, before=(look(1_000, 500), NOW - 1)),
+        Row(look(1_000, 500), NOW),
+        Row(look(0, 1_000), NOW, before=(look(0, 0), NOW - 1)),
+    ]
+    assert [cells(line)[-1] for line in pictured(rows)[1:]] == ["10.0%", "0.0%", "-", "-", "100.0%"]
+
+
+def test_pods_of_a_cluster_keep_their_picture_while_their_node_is_silent() -> None:
+    row = PODS[1]._replace(samples=(Sample(20_000_000.0, None), Sample(None, None)), state="unknown")
+    _, line = pictured([row], view=View.CLUSTER)
+    assert "█" in line
+    assert cells(line)[-1] == "unknown: asks"
+
+
+def test_a_picture_may_be_wide_too() -> None:
+    assert cells(pictured([Row(WEB, NOW)], wide=True)[0])[:2] == ["UID", "POD"]

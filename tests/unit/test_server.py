@@ -1,20 +1,29 @@
-"""What the service does unasked, with an agent that is only played; tests/kernel has what it is asked for."""
+"""What the service does unasked, and whom it listens to, with an agent that is only played.
+
+tests/kernel has what it is asked for.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
+import grpc
 import pytest
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from bpfrl.cgroup import CgroupTree
-from bpfrl.errors import CompilerError, KernelError
-from bpfrl.node import daemon
+from bpfrl.errors import CgroupNotFoundError, CompilerError, KernelError
+from bpfrl.limits import Change, Limits
+from bpfrl.node import daemon, server
 from bpfrl.node.agent import Agent
 from bpfrl.node.server import NodeService
+from bpfrl.rpc import authority, node_pb2, tls
+from bpfrl.rpc.node_pb2_grpc import NodeStub, add_NodeServicer_to_server
 from tests.unit.fakes import UID, run, running, until
 
 TOPS = [Path("/x/kubepods.slice"), Path("/x/kubelet.slice/kubelet-kubepods.slice")]
@@ -51,6 +60,24 @@ class Played:
         self._did(("stop", cgroup_id))
         self.cooperating_now.remove(cgroup_id)
         return True
+
+    def limiter(self, uid: str) -> None:
+        self._did(("limiter", uid))
+
+    def find(self, uid: str) -> Path:
+        raise CgroupNotFoundError(f"no cgroup for pod {uid}: played")
+
+    def limiters(self) -> list[object]:
+        self._did("limiters")
+        return []
+
+    def update(self, uid: str, limits: Limits) -> Change:
+        self._did(("update", uid, limits))
+        return Change.UPDATED
+
+    def detach(self, uid: str) -> Change:
+        self._did(("detach", uid))
+        return Change.DETACHED
 
     def _did(self, what: object) -> None:
         self.calls.append(what)
@@ -162,3 +189,92 @@ def test_tending_waits_for_what_the_agent_is_doing(played: Played, makes: Makes)
 
     run(both())
     assert order == ["first", "sweep", "tops", *TOPS]
+
+
+# Who may make which call.
+
+ROLES = {"master": ["master.bpfrl"], "operator": ["operator.bpfrl"], "other": ["other.example"], "node": ["node.bpfrl"]}
+# To the master's empty Attach, the answer is that it is empty.
+MAY = {
+    "master": {"Attach": "DATA_LOSS", "Update": "OK", "Detach": "OK", "List": "OK", "Explain": "OK"},
+    "operator": {"Attach": "", "Update": "", "Detach": "", "List": "OK", "Explain": "OK"},
+    "other": {"Attach": "", "Update": "", "Detach": "", "List": "", "Explain": ""},
+    "node": {"Attach": "", "Update": "", "Detach": "", "List": "", "Explain": ""},
+}
+REQUESTS: dict[str, Any] = {
+    "Update": node_pb2.UpdateRequest(uid=UID, limits=node_pb2.Limits(egress_bits_per_second=10**6)),
+    "Detach": node_pb2.DetachRequest(uid=UID),
+    "List": node_pb2.ListRequest(),
+    "Explain": node_pb2.ExplainRequest(uid=UID),
+}
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An authority with a client's certificate for each role, and for none of them."""
+    folder = tmp_path_factory.mktemp("roles")
+    authority.init(folder, 30)
+    signer, key = authority._load_authority(folder)
+    for name, [role] in ROLES.items():
+        client = folder / f"{name}-client"
+        client.mkdir()
+        authority._make_certificate(client, signer, key, role, ExtendedKeyUsageOID.CLIENT_AUTH, timedelta(days=1))
+    return folder
+
+
+async def answers(port: int, folder: Path) -> dict[str, tuple[str, str]]:
+    """How each call ends, and what is said of it."""
+    bundle = tls.Bundle(*((folder / name).read_bytes() for name in tls._FILES))
+    credentials = tls.channel_credentials(bundle)
+    ended: dict[str, tuple[str, str]] = {}
+    async with grpc.aio.secure_channel(f"127.0.0.1:{port}", credentials, options=tls.CHANNEL_OPTIONS) as channel:
+        stub: Any = NodeStub(channel)
+        for method in MAY["master"]:
+            try:
+                if method == "Attach":
+                    stream = stub.Attach()
+                    await stream.done_writing()
+                    await stream.read()
+                else:
+                    await getattr(stub, method)(REQUESTS[method])
+            except grpc.aio.AioRpcError as error:
+                ended[method] = (error.code().name, error.details() or "")
+            else:
+                ended[method] = ("OK", "")
+    return ended
+
+
+@pytest.mark.parametrize("name", ROLES)
+def test_a_call_is_for_those_roles_that_may_make_it(played: Played, pki: Path, name: str) -> None:
+    async def work() -> dict[str, tuple[str, str]]:
+        listener = grpc.aio.server()
+        agent, tree = cast(Agent, played), cast(CgroupTree, played)
+        service = NodeService(agent, tree, roles=True, cooperate=True)
+        add_NodeServicer_to_server(service, listener)
+        shown = tls.server_credentials(tls.Certificates(pki / "node", tls.NODE))
+        port = listener.add_secure_port("127.0.0.1:0", shown)
+        await listener.start()
+        try:
+            return await answers(port, pki / f"{name}-client")
+        finally:
+            await listener.stop(0)
+            service.close()
+
+    ended = run(work())
+    for method, expected in MAY[name].items():
+        code, reason = ended[method]
+        assert code == (expected or "PERMISSION_DENIED"), (method, reason)
+        if not expected:
+            wanted = "master.bpfrl or operator.bpfrl" if method in ("List", "Explain") else "master.bpfrl"
+            assert reason == f"the certificate is for {ROLES[name][0]}: it must have the DNS name {wanted}"
+    done = {call if isinstance(call, str) else cast(tuple[str], call)[0] for call in played.calls}
+    assert done == {
+        "master": {"update", "detach", "limiters", "limiter"},
+        "operator": {"limiters", "limiter"},
+    }.get(name, set())
+
+
+def test_every_call_of_the_service_says_who_may_make_it() -> None:
+    methods = node_pb2.DESCRIPTOR.services_by_name["Node"].methods
+    assert {method.name.lower() for method in methods} == set(server._MAY)
+    assert all(tls.MASTER in roles for roles in server._MAY.values())

@@ -121,10 +121,11 @@ def test_a_cgroup_without_processes_has_no_connections_and_nothing_is_loaded(ker
         assert sockets.adopt(storage, tmp_path, 1) == (0, 0)
         assert sockets.release(storage, tmp_path) == (0, 0)
         assert sockets.forget(storage, tmp_path) == (0, 0)
+        assert sockets.count(storage, tmp_path) == (0, 0)
     assert kernel.loaded == []
 
 
-VISITS = {"adopt": (72,), "release": (), "forget": ()}
+VISITS = {"adopt": (72,), "release": (), "forget": (), "count": ()}
 
 
 @pytest.mark.parametrize(("visit", "callbacks"), VISITS.items(), ids=VISITS)
@@ -138,7 +139,9 @@ def test_each_namespace_of_a_cgroup_is_visited_once_with_whose_sockets_are_meant
         [(number, value)] = [(number, value) for number, value in kernel.values.items() if value]
         data = VisitData.from_buffer_copy(value)
         visited.append((namespace.number, data.cgroup, data.callbacks))
-        kernel.values[number] = bytes(VisitData(data.cgroup, data.callbacks, data.done + 2, data.refused + 1))
+        kernel.values[number] = bytes(
+            VisitData(data.cgroup, data.callbacks, data.done + 2, data.refused + 1, data.paced + 1)
+        )
 
     monkeypatch.setattr(generator, "compile_object", lambda source: source.encode())
     monkeypatch.setattr(sockets, "_iterate_in", iterate_in)

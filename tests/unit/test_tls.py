@@ -29,7 +29,7 @@ HOW = "bpfrl certs init DIR makes certificates"
 
 @pytest.fixture
 def pki(tmp_path: Path) -> Path:
-    """An authority with both certificates."""
+    """An authority with its certificates."""
     authority.init(tmp_path / "pki", 30)
     return tmp_path / "pki"
 
@@ -76,7 +76,7 @@ def put(folder: Path, pair: tuple[bytes, bytes]) -> None:
 # What can be used.
 
 
-@pytest.mark.parametrize(("name", "role"), [("node", tls.NODE), ("master", tls.MASTER)])
+@pytest.mark.parametrize(("name", "role"), [("node", tls.NODE), ("master", tls.MASTER), ("operator", tls.OPERATOR)])
 def test_a_folder_of_certificates_is_read(pki: Path, name: str, role: str) -> None:
     assert tls.Certificates(pki / name, role).current() == files(pki / name)
 

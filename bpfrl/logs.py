@@ -1,0 +1,61 @@
+"""What a daemon logs, as text for people or as JSON for what collects logs: one line for each record."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import threading
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Final
+
+TEXT: Final = "text"
+JSON: Final = "json"
+FORMATS: Final = (TEXT, JSON)
+
+log = logging.getLogger(__name__)
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as one line of JSON: time (RFC 3339, UTC), level, logger, message, and what went wrong."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        line = {
+            "time": moment.replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info and (error := record.exc_info[1]):
+            line["error"] = f"{type(error).__name__}: {error}"
+            line["stack"] = self.formatException(record.exc_info)
+        if record.stack_info:
+            line["stack"] = self.formatStack(record.stack_info)
+        return json.dumps(line)
+
+
+def set_up(form: str, level: int) -> None:
+    """Log to stderr from now on, and nothing but log lines: errors that nobody has caught are records, too.
+
+    Args:
+        form: :data:`TEXT` or :data:`JSON`.
+        level: what is told, as in :mod:`logging`.
+    """
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(message)s",
+        level=level,
+        stream=sys.stderr,
+        force=True,
+    )
+    if form == JSON:
+        logging.getLogger().handlers[0].setFormatter(JsonFormatter())
+        logging.captureWarnings(capture=True)
+        sys.excepthook = _uncaught
+        threading.excepthook = lambda thread: _uncaught(thread.exc_type, thread.exc_value, thread.exc_traceback)
+
+
+def _uncaught(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+    log.critical("a mistake in bpfrl", exc_info=(kind, error or kind(), trace))
