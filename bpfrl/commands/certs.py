@@ -6,8 +6,7 @@ from pathlib import Path
 
 import click
 
-from bpfrl.commands import completing
-from bpfrl.commands.options import FOLDER
+from bpfrl.commands.options import FOLDER, cluster_options
 
 
 @click.group()
@@ -68,18 +67,13 @@ def certs_secrets(folder: Path, namespace: str) -> None:
 @click.option("-n", "--namespace", default="bpfrl", show_default=True, help="The Secrets' namespace.")
 @click.option("--days", type=click.IntRange(1, 36_500), default=365, show_default=True, help="How long they are good.")
 @click.option("--renew", is_flag=True, help="Make all certificates anew, whatever time they have left.")
-@click.option("--kubeconfig", type=FOLDER, metavar="FILE", help="The cluster is this one's.")
-@click.option(
-    "--context",
-    shell_complete=completing.contexts,
-    help="Which of the kubeconfig's contexts. [default: its current one]",
-)
+@cluster_options
 def certs_apply(namespace: str, days: int, renew: bool, kubeconfig: Path | None, context: str | None) -> None:
     """Keep the certificates in a cluster's Secrets, authority included.
 
-    Makes what is missing of bpfrl-ca, bpfrl-node, bpfrl-master and bpfrl-operator, and what is about to expire; what is
-    good is left alone, so that this may be run as often as you like. The nodes and the master read changed Secrets by
-    themselves. The cluster is found as bpfrl serve-master finds it.
+    Makes what is missing of bpfrl-ca, bpfrl-node, bpfrl-master and bpfrl-operator, and what is about to expire; what
+    is good is left alone, so that this may be run as often as you like. The nodes and the master read changed Secrets
+    by themselves. The cluster is found as bpfrl serve-master finds it.
 
     Who may read the Secret bpfrl-ca can limit any pod. bpfrl-operator is for people, who may look with it.
 

@@ -244,6 +244,20 @@ class Remote:
         return certificates(self.certs, tls.OPERATOR, insecure=self.insecure)
 
 
+def cluster_options(function: Function) -> Function:
+    """Give a command the options that name a cluster's API server."""
+    for option in (
+        click.option(
+            "--context",
+            shell_complete=completing.contexts,
+            help="Which of the kubeconfig's contexts. [default: its current one]",
+        ),
+        click.option("--kubeconfig", type=FOLDER, metavar="FILE", help="The cluster. [default: as kubectl's]"),
+    ):
+        function = option(function)
+    return function
+
+
 def remote_options(function: Function) -> Function:
     """Give a command the options that say how to reach nodes and the API server, as one argument."""
 
@@ -254,16 +268,7 @@ def remote_options(function: Function) -> Function:
         typed = tuple(f"--{name.replace('_', '-')}" for name in values if source(name) is ParameterSource.COMMANDLINE)
         return function(*args, remote=Remote(**values, typed=typed), **given)
 
-    for option in (
-        click.option(
-            "--context",
-            shell_complete=completing.contexts,
-            help="Which of the kubeconfig's contexts. [default: its current one]",
-        ),
-        click.option("--kubeconfig", type=FOLDER, metavar="FILE", help="The cluster. [default: as kubectl's]"),
-        node_port_option,
-        daemon_options,
-    ):
+    for option in (cluster_options, node_port_option, daemon_options):
         with_remote = option(with_remote)
     return cast(Function, with_remote)
 

@@ -3,8 +3,10 @@
 :mod:`bpfrl.rpc.authority` works on a folder. Here the folder is laid out from the Secrets, worked on, and what has
 changed goes back:
 
-    bpfrl-ca                    tls.crt  tls.key          the authority, as cert-manager's CA issuer reads one
-    bpfrl-node, bpfrl-master    ca.crt  tls.crt  tls.key  as they are mounted
+    bpfrl-ca        tls.crt  tls.key          the authority, as cert-manager's CA issuer reads one
+    bpfrl-node      ca.crt  tls.crt  tls.key  as they are mounted
+    bpfrl-master    likewise
+    bpfrl-operator  likewise, for people, who have no folder of their own to take it from
 
 Two that do so at once agree on one authority: whoever finds that something was changed meanwhile starts again from
 what is there then.

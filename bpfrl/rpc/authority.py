@@ -96,10 +96,10 @@ def secrets(folder: Path, namespace: str) -> str:
     return yaml.safe_dump_all(role_secrets(folder, namespace, _DAEMONS), sort_keys=False)
 
 
-def role_secrets(folder: Path, namespace: str, names: Iterable[str] = SECRETS) -> list[dict[str, Any]]:
+def role_secrets(folder: Path, namespace: str, roles: Iterable[str] = SECRETS) -> list[dict[str, Any]]:
     """The certificates as Kubernetes Secrets, one for each role; the authority's key is in none. As :func:`secrets`."""
     found = []
-    for name in names:
+    for name in roles:
         own = SECRETS[name]
         bundle = tls.Certificates(folder / own, _ROLES[own][0]).current()
         files = zip((tls.AUTHORITY_FILE, tls.CERTIFICATE_FILE, tls.KEY_FILE), bundle, strict=True)

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
+from urllib.request import urlopen
 
 import pytest
 
@@ -86,8 +87,21 @@ def pacing(sender: Side) -> float:
     return float(rate) * 8 if rate != UNPACED else float("inf")
 
 
+def confined(bed: Lab, within: Sequence[str]) -> Daemon:
+    """The daemon, with metrics as in the chart."""
+    assert any(word.startswith("--http=") for word in CONTAINER["args"])
+    return Daemon(bed, None, "127.0.0.1:0", "--http", "127.0.0.1:0", within=within)
+
+
+def scrape(node: Daemon) -> str:
+    """What Prometheus is told."""
+    with urlopen(f"http://127.0.0.1:{node.port_of('metrics on')}/metrics", timeout=20) as answer:
+        text: str = answer.read().decode()
+    return text
+
+
 def everything(bed: Lab, node: Daemon, sender: Side) -> None:
-    """Attach, adopt, update, list, cooperate and detach, each with the effect that it is to have."""
+    """Attach, adopt, update, list, count, cooperate and detach, each with the effect that it is to have."""
     until(lambda: cooperation(bed.cgroup_root / "kubepods.slice") in entries(bed), what=lambda: node.log)
     assert node.attach(bed.pod_uid, SLOW) is Change.ATTACHED
     assert only(bed)["paced"] == "all"
@@ -97,6 +111,7 @@ def everything(bed: Lab, node: Daemon, sender: Side) -> None:
     [found] = node.call(lambda client: client.list())
     assert (found.pod.uid, found.limits, found.adopted) == (bed.pod_uid, FAST, True)
     assert found.egress.passed_bytes > 0
+    assert bed.pod_uid in scrape(node)
     assert node.call(lambda client: client.detach(bed.pod_uid)) is Change.DETACHED
     until(lambda: pacing(sender) == float("inf"))
     assert node.call(lambda client: client.list()) == []
@@ -108,7 +123,7 @@ def warnings(node: Daemon) -> list[str]:
 
 def test_it_does_all_of_its_work_with_what_the_chart_gives_it(bed: Lab) -> None:
     sender, _ = connection(bed)
-    with Daemon(bed, None, within=contained(bed, CAPABILITIES)) as node:
+    with confined(bed, contained(bed, CAPABILITIES)) as node:
         status = Path(f"/proc/{node.process.pid}/status").read_text()
         [effective] = [line.split()[1] for line in status.splitlines() if line.startswith("CapEff:")]
         assert int(effective, 16).bit_count() == len(CAPABILITIES)
@@ -120,7 +135,7 @@ def test_it_does_all_of_its_work_with_what_the_chart_gives_it(bed: Lab) -> None:
 def test_without_one_of_its_capabilities_it_says_what_it_cannot_do(bed: Lab, missing: str) -> None:
     sender, _ = connection(bed)
     left = [name for name in CAPABILITIES if name != missing]
-    with Daemon(bed, None, within=contained(bed, left)) as node:
+    with confined(bed, contained(bed, left)) as node:
         if COVERED_FROM.get(missing, (99, 0)) <= KERNEL:
             everything(bed, node, sender)
             assert warnings(node) == []
@@ -146,7 +161,7 @@ def test_where_processes_cannot_be_seen_their_connections_are_not_said_to_be_pac
     sender, _ = connection(bed)
     assert POD["hostPID"]
     within = [*contained(bed, CAPABILITIES), "unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
-    with Daemon(bed, None, within=within) as node:
+    with confined(bed, within) as node:
         assert node.attach(bed.pod_uid, SLOW) is Change.ATTACHED
         assert only(bed)["paced"] == "new"
         assert pacing(sender) == float("inf")

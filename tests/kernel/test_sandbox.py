@@ -16,8 +16,7 @@ import pytest
 
 from bench.lab import lab
 from tests.kernel.conftest import until
-from tests.kernel.test_capabilities import connection, everything, programs
-from tests.kernel.test_service import Daemon
+from tests.kernel.test_capabilities import confined, connection, everything, programs
 
 __all__ = ["programs"]  # a fixture
 
@@ -42,7 +41,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory, programs: None) -> list[Call
     with pytest.MonkeyPatch.context() as patch, lab() as bed:
         patch.setenv("PYTHONDONTWRITEBYTECODE", "1")
         sender, _ = connection(bed)
-        with Daemon(bed, None, within=["strace", "-D", "-f", "-q", "-o", str(trace)]) as node:
+        with confined(bed, ["strace", "-D", "-f", "-q", "-o", str(trace)]) as node:
             everything(bed, node, sender)
             assert node.end(signal.SIGTERM) == 0
             until(lambda: f"{node.process.pid} +++ exited" in re.sub(" +", " ", trace.read_text(errors="replace")))

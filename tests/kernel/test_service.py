@@ -1078,7 +1078,7 @@ class Daemon:
                 self._command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True
             )
         try:
-            self.port = int(self.wait_for("(port ").split("(port ")[1].split(")")[0])
+            self.port = self.port_of("serving on")
         except BaseException:
             self.__exit__()
             raise
@@ -1092,6 +1092,10 @@ class Daemon:
     @property
     def log(self) -> list[str]:
         return self._file.read_text().splitlines()
+
+    def port_of(self, text: str) -> int:
+        """The port that the first line of the log with a text tells."""
+        return int(self.wait_for(text).split("(port ")[1].split(")")[0])
 
     def wait_for(self, text: str) -> str:
         """The first line of the log with a text."""
