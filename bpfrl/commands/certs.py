@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from bpfrl.commands import completing
 from bpfrl.commands.options import FOLDER, cluster_options
 
 
