@@ -49,6 +49,9 @@
  * (tcp_update_skb_after_send()). */
 #define UNPACED_SEGMENTS 10
 
+/* Q2 of law.py: where packets are no longer, no turn comes sooner than at the fair rate. */
+#define LONG_BYTES 3000ULL
+
 /* An unpaced socket may be ahead of its share by the longer of this time and
  * the time that these bytes take, so that it can send a pair of packets. */
 #define SHARE_TOLERANCE_NS 5000000ULL
@@ -278,12 +281,21 @@ static __always_inline struct bpfrl_socket *enlist(struct bpf_sock_ops *ops)
 
 /*
  * The rate, byte/s, at which the next segment leaves when the backlog is gone, this one
- * included. What a socket had under way when the limit came may be 64 KB in one segment: at the
- * fair rate of that moment it would wait for a minute, and the others would not.
+ * included, or 0 where the fair rate is more. The law is made for packets of 1500 byte. One of
+ * loopback's, of 64 KB, is 52 ms of 10 Mbit/s, and at the fair rate of such a backlog the limit
+ * would lie idle until the next. And what a socket had under way when the limit came would
+ * wait for a minute, in one segment, and the others would not.
  */
-static __always_inline __u64 rate_of_turn(const struct bpfrl_limit *limit, __s64 backlog,
-					  __u64 bytes)
+static __always_inline __u64 rate_of_turn(const struct bpf_sock_ops *ops,
+					  const struct bpfrl_limit *limit, __s64 backlog)
 {
+	__u64 bytes = ops->skb_len;
+
+	if (backlog <= limit->fresh_ns) {
+		bytes = min(bytes, (__u64)ops->mss_cache);
+		if (likely(bytes <= LONG_BYTES) || backlog <= 0)
+			return 0;
+	}
 	return bytes * NSEC_PER_SEC / (backlog + bytes * NSEC_PER_SEC / (limit->rate + 1));
 }
 
@@ -308,8 +320,7 @@ static __always_inline void pace_segment(struct bpf_sock_ops *ops, struct bpfrl_
 	WRITE_ONCE(clock->paced_at, now >> AT_SHIFT);
 	let_up = max(fair, min(mean + (mean >> 2), limit->fair_cap));
 
-	if (unlikely(backlog > limit->fresh_ns))
-		fair = max(fair, rate_of_turn(limit, backlog, ops->skb_len));
+	fair = max(fair, rate_of_turn(ops, limit, backlog));
 	heed_application(tcp_of(ops), socket);
 	socket->fair = pacing_rate(fair);
 	pace(ops, socket);
