@@ -61,7 +61,7 @@ def test_systemd_would_have_something_to_say(tmp_path: Path) -> None:
     assert "ProtectSysten" in done.stderr
 
 
-@pytest.mark.parametrize(("unit", "most"), [*zip(UNITS, (1.5, 3.0), strict=True)], ids=lambda each: str(each)[-20:])
+@pytest.mark.parametrize(("unit", "most"), [*zip(UNITS, (1.5, 3.2), strict=True)], ids=lambda each: str(each)[-20:])
 def test_it_is_exposed_to_little(unit: Path, most: float) -> None:
     done = analyze("security", "--offline=yes", f"--threshold={round(most * 10)}", unit)
     assert done.returncode == 0, done.stdout
