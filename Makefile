@@ -1,5 +1,5 @@
 # Everything runs as root: BPF programs are loaded, namespaces and cgroups are made.
-.PHONY: demo test lint bench bench-cluster install manifests proto metrics-page requirements
+.PHONY: demo test lint bench bench-cluster install proto generated requirements
 
 demo: install
 	.venv/bin/python -m bench.demo
@@ -28,18 +28,15 @@ bench-cluster: install
 install:
 	@tools/install
 
-# After a change of the chart.
-manifests: install
-	.venv/bin/python -m tools.manifests
-
 # After a change of bpfrl/rpc/node.proto.
 proto: install
 	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. \
 		--mypy_out=quiet:. --mypy_grpc_out=quiet:. bpfrl/rpc/node.proto
 
-# After a change of the daemons' metrics, or of the alert rules.
-metrics-page: install
-	.venv/bin/python -m tools.metrics_page
+# After a change of what commands say of themselves, of the annotations, metrics, alerts or the chart: completions/,
+# docs/man/, docs/reference.md, docs/metrics.md and deploy/manifests/.
+generated: install
+	.venv/bin/python -m tools.generated
 
 # After a change of pyproject.toml's dependencies.
 requirements: install

@@ -17,6 +17,8 @@ import click
 from bpfrl import __version__
 from bpfrl.commands.attach import attach
 from bpfrl.commands.certs import certs
+from bpfrl.commands.completing import PROGRAM, VARIABLE, answer_a_shell
+from bpfrl.commands.completion import completion
 from bpfrl.commands.detach import detach
 from bpfrl.commands.doctor import doctor
 from bpfrl.commands.explain import explain
@@ -111,6 +113,7 @@ def cli(context: click.Context, verbose: int, bpffs: Path, cgroup_root: Path | N
       0  done, or there was nothing to do
       1  it could not be done
       2  the options cannot be meant
+      130  it was interrupted
     """
     logging.basicConfig(
         format="bpfrl: %(message)s", level=_LEVELS[min(verbose, len(_LEVELS) - 1)], stream=sys.stderr, force=True
@@ -118,10 +121,11 @@ def cli(context: click.Context, verbose: int, bpffs: Path, cgroup_root: Path | N
     context.obj = LocalNode(bpffs, cgroup_root)
 
 
-for _command in (generate, attach, detach, list_, explain, doctor, serve_node, serve_master, certs):
+for _command in (generate, attach, detach, list_, explain, doctor, serve_node, serve_master, certs, completion):
     cli.add_command(_command)
 
 
 def main() -> None:
     """The entry point of the installed command."""
-    cli.main(prog_name="bpfrl")
+    answer_a_shell()
+    cli.main(prog_name=PROGRAM, complete_var=VARIABLE)

@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 
 from bpfrl.bpf.layout import Counters
 from bpfrl.bpf.limiter import HOOKS, Broken, Status
+from bpfrl.bpf.sockets import Counted
 from bpfrl.findings import Mark
 from bpfrl.limits import Limits, PodRef
 from bpfrl.units import format_size
@@ -126,13 +127,6 @@ class Attached(NamedTuple):
         return self.name.startswith("bpfrl_")
 
 
-class Sockets(NamedTuple):
-    """How many TCP sockets a limiter knows, and how many of these have a pacing rate set."""
-
-    known: int
-    paced: int
-
-
 class Refusal(NamedTuple):
     """What a node's daemon has last refused to do about a pod, seconds since the epoch."""
 
@@ -163,7 +157,7 @@ class Report:
     limiter: Status | Broken | None = None
     programs: tuple[Attached, ...] = ()
     cooperates: bool = False
-    sockets: Sockets | None = None
+    sockets: Counted | None = None
     no_sockets: str = ""
     refusal: Refusal | None = None
 

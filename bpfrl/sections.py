@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Final
 
 from bpfrl import __version__, render
@@ -158,7 +159,8 @@ def _programs(report: Report) -> Finding:
 
 
 def _described(program: Attached, report: Report) -> str:
-    place = {"": "", report.cgroup: ", on its cgroup"}.get(program.cgroup, f", on {program.cgroup}")
+    above = f", on {Path(program.cgroup).name} above it"
+    place = {"": "", report.cgroup: ", on its cgroup"}.get(program.cgroup, above)
     owner = "bpfrl's" if program.is_ours else "another's"
     mode = f", {program.mode}" if program.mode else ""
     tag = program.tag.hex()

@@ -1,1 +1,1 @@
-"""What installs, and writes what is generated."""
+"""What developers run; nothing of it is installed."""

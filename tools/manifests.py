@@ -1,7 +1,4 @@
-"""deploy/manifests/bpfrl.yaml, for those who have no Helm: the chart, rendered for the namespace bpfrl.
-
-make manifests
-"""
+"""deploy/manifests/bpfrl.yaml, for those who have no Helm: the chart, rendered for the namespace bpfrl."""
 
 from __future__ import annotations
 
@@ -14,14 +11,14 @@ import yaml
 
 _ROOT: Final = Path(__file__).resolve().parents[1]
 CHART: Final = _ROOT / "deploy" / "helm" / "bpfrl"
-MANIFESTS: Final = _ROOT / "deploy" / "manifests" / "bpfrl.yaml"
+MANIFESTS: Final = Path("deploy/manifests/bpfrl.yaml")
 _NAMESPACE: Final = "bpfrl"
 # Hooks are Helm's alone.
 _VALUES: Final = {"certificates": {"mode": "secret"}}
 # What is not Helm's must not say so.
 _OF_HELM: Final = re.compile(r"^ *(helm\.sh/chart|app\.kubernetes\.io/managed-by): .*\n", re.MULTILINE)
 _HEAD: Final = f"""\
-# Made from deploy/helm/bpfrl by "make manifests": change that.
+# Made from deploy/helm/bpfrl by "make generated": change that.
 #
 # The Secrets bpfrl-node and bpfrl-master come from elsewhere:
 #   bpfrl certs init certs && bpfrl certs secrets certs | kubectl apply -f -
@@ -58,7 +55,3 @@ def manifests() -> str:
     templates = [text.strip() for name, text in render(_VALUES).items() if name.endswith(".yaml")]
     plain = [_OF_HELM.sub("", f"{text}\n") for text in templates if text]
     return "---\n".join([_HEAD, *plain])
-
-
-if __name__ == "__main__":
-    MANIFESTS.write_text(manifests())

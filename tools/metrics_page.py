@@ -1,6 +1,4 @@
-"""Brings ``docs/metrics.md`` up to date: the metrics from the daemons' own registries, the alerts from their rules.
-
-    python -m tools.metrics_page
+"""``docs/metrics.md``: the metrics from the daemons' own registries, the alerts from their rules.
 
 The registries are filled as the daemons fill them, with everything told once, so that all names and labels are there.
 """
@@ -9,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import textwrap
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -31,12 +30,13 @@ from bpfrl.rpc.tls import Certificates
 from bpfrl.units import Rate
 
 ROOT: Final = Path(__file__).resolve().parent.parent
-PAGE: Final = ROOT / "docs" / "metrics.md"
+PAGE: Final = Path("docs/metrics.md")
 RULES: Final = ROOT / "deploy" / "prometheus" / "rules.yaml"
 OURS: Final = "bpfrl_"
 _BLOCK: Final = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 # What a histogram's samples have besides the labels of the metric.
 _BUCKET: Final = "le"
+_WIDTH: Final = 120
 
 
 class Metric(NamedTuple):
@@ -164,11 +164,6 @@ def _table(metrics: Iterable[Metric]) -> Iterable[str]:
 
 def _alert(rule: dict[str, Any]) -> str:
     expression = " ".join(rule["expr"].split())
-    return (
-        f"### {rule['alert']}\n\n{rule['labels']['severity'].capitalize()}, after {rule['for']} of `{expression}`\n\n"
-        f"{' '.join(rule['annotations']['description'].split())}\n\n"
-    )
-
-
-if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text()))
+    when = f"{rule['labels']['severity'].capitalize()}, after {rule['for']} of `{expression}`"
+    text = textwrap.fill(rule["annotations"]["description"], _WIDTH, break_on_hyphens=False)
+    return f"### {rule['alert']}\n\n{when}\n\n{text}\n\n"

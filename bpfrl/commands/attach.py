@@ -9,6 +9,7 @@ import click
 
 from bpfrl import cgroup
 from bpfrl.bpf import generator
+from bpfrl.commands import completing
 from bpfrl.commands.options import FOLDER, LocalNode, limit_options, limiting, pod_options
 from bpfrl.errors import CgroupNotFoundError, InvalidValueError
 from bpfrl.limits import Limits, PodRef
@@ -20,7 +21,13 @@ _LONGEST_OBJECT: Final = 16 * 2**20
 @click.command()
 @limit_options
 @pod_options
-@click.option("--cgroup", "path", type=FOLDER, help="This cgroup v2 folder, of a pod or of anything else.")
+@click.option(
+    "--cgroup",
+    "path",
+    type=FOLDER,
+    shell_complete=completing.cgroups,
+    help="This cgroup v2 folder, of a pod or of anything else.",
+)
 @click.option("--object", "file", type=click.File("rb"), help="Attach what bpfrl generate wrote, with its limits.")
 @click.option(
     "--wait",
@@ -53,6 +60,13 @@ def attach(
 
     With --cooperate, limited pods below the cgroup tell their senders how fast to send, in a TCP option on ACKs, and
     pods that send keep to what they are told. bpfrl serve-node sees to this by itself.
+
+    \b
+    EXAMPLES
+      bpfrl attach --pod-uid 8c4a6c1e-0f6b-4c0e-9d0b-0a5f5a3a7f10 --rate 10mbit
+      bpfrl attach --pod-uid 8c4a6c1e-0f6b-4c0e-9d0b-0a5f5a3a7f10 --egress 10M --wait 30
+      bpfrl attach --cgroup /sys/fs/cgroup/system.slice/backup.service --egress 100mbit
+      bpfrl attach --cgroup /sys/fs/cgroup/kubepods.slice --cooperate
     """
     if cooperate:
         if path is None or pod or file or limits != Limits() or wait or dry_run:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from bpfrl.commands import completing
 from bpfrl.commands.options import FOLDER, cluster_options
 
 
@@ -25,6 +26,11 @@ def certs_init(folder: Path, days: int, renew: bool) -> None:
     bpfrl list --certs: with it, one can look at nodes and change nothing. Keep DIR/ca.key to
     yourself: who has it can limit any pod. What is there and good for a while is kept, so that the same command
     renews what is about to expire; the daemons read changed files by themselves.
+
+    \b
+    EXAMPLES
+      bpfrl certs init certs
+      bpfrl certs init certs --days 30 --renew
     """
     from bpfrl.rpc import authority  # noqa: PLC0415
 
@@ -34,12 +40,24 @@ def certs_init(folder: Path, days: int, renew: bool) -> None:
 
 @certs.command("secrets")
 @click.argument("folder", type=FOLDER, metavar="DIR")
-@click.option("-n", "--namespace", default="bpfrl", show_default=True, help="The Secrets' namespace.")
+@click.option(
+    "-n",
+    "--namespace",
+    default="bpfrl",
+    show_default=True,
+    shell_complete=completing.namespaces,
+    help="The Secrets' namespace.",
+)
 def certs_secrets(folder: Path, namespace: str) -> None:
     """Print the certificates of DIR as Kubernetes Secrets, for kubectl apply -f -.
 
     bpfrl-node is for the nodes' daemons and bpfrl-master for the master. The authority's key is in neither, and the
     operators' certificate stays in its folder.
+
+    \b
+    EXAMPLES
+      bpfrl certs secrets certs | kubectl apply -f -
+      bpfrl certs secrets certs -n kube-system > secrets.yaml
     """
     from bpfrl.rpc import authority  # noqa: PLC0415
 
@@ -58,7 +76,12 @@ def certs_apply(namespace: str, days: int, renew: bool, kubeconfig: Path | None,
     is good is left alone, so that this may be run as often as you like. The nodes and the master read changed Secrets
     by themselves. The cluster is found as bpfrl serve-master finds it.
 
-    Who may read the Secret bpfrl-ca can limit any pod.
+    Who may read the Secret bpfrl-ca can limit any pod. bpfrl-operator is for people, who may look with it.
+
+    \b
+    EXAMPLES
+      bpfrl certs apply -n bpfrl
+      kubectl get secret bpfrl-operator -n bpfrl -o json | jq -r '.data["tls.crt"]' | base64 -d
     """
     import asyncio  # noqa: PLC0415
 

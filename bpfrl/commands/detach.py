@@ -10,6 +10,7 @@ import click
 
 from bpfrl import cgroup
 from bpfrl.bpf.limiter import Broken
+from bpfrl.commands import completing
 from bpfrl.commands.options import FAILURE, FOLDER, UID, LocalNode, nothing_limited
 from bpfrl.commands.progress import progress
 from bpfrl.errors import BpfrlError
@@ -17,8 +18,15 @@ from bpfrl.limits import PodRef
 
 
 @click.command()
-@click.option("--pod-uid", "uids", type=UID, multiple=True, help="This pod, as bpfrl list shows it. Repeatable.")
-@click.option("--cgroup", "path", type=FOLDER, help="This cgroup.")
+@click.option(
+    "--pod-uid",
+    "uids",
+    type=UID,
+    multiple=True,
+    shell_complete=completing.limited,
+    help="This pod, as bpfrl list shows it. Repeatable.",
+)
+@click.option("--cgroup", "path", type=FOLDER, shell_complete=completing.cgroups, help="This cgroup.")
 @click.option("--all", "everything", is_flag=True, help="Every limiter on this node.")
 @click.option("--cooperate", is_flag=True, help="With --cgroup: what attach --cooperate did there.")
 @click.pass_obj
@@ -26,6 +34,12 @@ def detach(node: LocalNode, uids: tuple[str, ...], path: Path | None, everything
     """Take the limit off a pod, and leave nothing of it behind.
 
     Connections go on at full speed. A pod that has no limit is no error.
+
+    \b
+    EXAMPLES
+      bpfrl detach --pod-uid 8c4a6c1e-0f6b-4c0e-9d0b-0a5f5a3a7f10
+      bpfrl detach --cgroup /sys/fs/cgroup/system.slice/backup.service
+      bpfrl detach --all
     """
     if cooperate:
         if path is None or uids or everything:

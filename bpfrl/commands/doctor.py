@@ -47,6 +47,11 @@ def doctor(node: LocalNode, nodes: Sequence[NodeAddress], output: str, remote: R
     bpfrl's own programs in the compile cache.
 
     \b
+    EXAMPLES
+      bpfrl doctor
+      bpfrl doctor --node 10.0.0.7 --certs certs/operator
+
+    \b
     EXIT STATUS
       0  nothing that is needed is missing
       1  something is

@@ -16,6 +16,7 @@ import click
 from bpfrl import cgroup, render, sections
 from bpfrl.bpf import generator
 from bpfrl.bpf.limiter import Broken, Status
+from bpfrl.commands import completing
 from bpfrl.commands.options import (
     FAILURE,
     FOLDER,
@@ -80,11 +81,30 @@ class _Asked:
 
 
 @click.command()
-@click.argument("pod", required=False)
-@click.option("-n", "--namespace", metavar="NAMESPACE", help="The namespace of POD. [default: the kubeconfig's]")
-@click.option("--pod-uid", "uid", type=UID, help="The pod with this UID.")
-@click.option("--cgroup", "path", type=FOLDER, help="This cgroup of this machine, of a pod or of anything else.")
-@click.option("--node", "address", type=NODE, metavar="ADDRESS[:PORT]", help="Ask this node. [default: the pod's own]")
+@click.argument("pod", required=False, shell_complete=completing.pods)
+@click.option(
+    "-n",
+    "--namespace",
+    metavar="NAMESPACE",
+    shell_complete=completing.namespaces,
+    help="The namespace of POD. [default: the kubeconfig's]",
+)
+@click.option("--pod-uid", "uid", type=UID, shell_complete=completing.pods_here, help="The pod with this UID.")
+@click.option(
+    "--cgroup",
+    "path",
+    type=FOLDER,
+    shell_complete=completing.cgroups,
+    help="This cgroup of this machine, of a pod or of anything else.",
+)
+@click.option(
+    "--node",
+    "address",
+    type=NODE,
+    shell_complete=completing.nodes,
+    metavar="ADDRESS[:PORT]",
+    help="Ask this node. [default: the pod's own]",
+)
 @click.option("--manifests", type=FOLDER, metavar="DIR", help="Take what it asks for from this folder of manifests.")
 @click.option(
     "-o",

@@ -27,6 +27,11 @@ def generate(limits: Limits, pod: PodRef | None, output: Path) -> None:
 
     The object is complete: it carries its limits, and any loader takes it ('bpftool prog loadall', 'bpfrl
     attach --object'). This needs clang, but neither root nor BPF.
+
+    \b
+    EXAMPLES
+      bpfrl generate --rate 10mbit -o pod.o
+      bpfrl generate --rate 10mbit -o - | ssh node bpfrl attach --pod-uid UID --object -
     """
     to_stdout = str(output) == "-"
     if to_stdout and (sys.stdout is None or sys.stdout.isatty()):

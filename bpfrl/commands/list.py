@@ -17,6 +17,7 @@ from rich.text import Text
 
 from bpfrl import cgroup, render
 from bpfrl.bpf.limiter import Status
+from bpfrl.commands import completing
 from bpfrl.commands.options import (
     FAILURE,
     NODE,
@@ -97,11 +98,18 @@ class _Place(NamedTuple):
     "nodes",
     type=NODE,
     multiple=True,
+    shell_complete=completing.nodes,
     metavar="ADDRESS[:PORT]",
     help="The limiters of this node, from its daemon. Repeatable.",
 )
 @click.option("-A", "--all-namespaces", is_flag=True, help="The pods of a cluster.")
-@click.option("-n", "--namespace", metavar="NAMESPACE", help="The cluster's pods of this namespace.")
+@click.option(
+    "-n",
+    "--namespace",
+    metavar="NAMESPACE",
+    shell_complete=completing.namespaces,
+    help="The cluster's pods of this namespace.",
+)
 @click.option(
     "-l", "--selector", metavar="SELECTOR", help="Those with these labels, as with kubectl: app=web,tier!=db."
 )
@@ -141,6 +149,13 @@ def list_(
 
     At a terminal, -w draws what passes as parts of the limit (TX-LOAD, RX-LOAD: full height is the limit), for the
     last 30 looks, and DROPS is which part of all bytes was dropped since the last look.
+
+    \b
+    EXAMPLES
+      bpfrl list -w -o wide
+      bpfrl list --node 10.0.0.7 --certs certs/operator
+      bpfrl list -A -w --sort-by sending --certs certs/operator
+      bpfrl list -n shop -l app=cart -o json
     """
     if watch and output not in ("table", "wide"):
         raise click.UsageError(f"--watch draws tables: it does not go with -o {output}")
@@ -206,15 +221,29 @@ def _watch(place: _Place, sort_by: str | None, *, wide: bool) -> None:
             found = place.look()
             rows = history.follow(found.rows, found.silent)
             rows = render.sort(rows, sort_by) if sort_by else rows
-            table = render.table(rows, view=place.view, wide=wide, rates=True, drawn=live is not None)
             below = [Text(line, style="red", no_wrap=True) for line in found.complaints]
-            drawn = Group(table, *(below if below or rows else [Text(place.nothing())]))
+            if not (rows or below):
+                below = [Text(place.nothing())]
+            if live:
+                rows, left_out = _fitting(rows, console.height - len(below))
+                below = [Text(f"and {left_out} more"), *below] if left_out else below
+            table = render.table(rows, view=place.view, wide=wide, rates=True, drawn=live is not None)
+            drawn = Group(table, *below)
             if live:
                 live.update(drawn, refresh=True)
             else:
                 console.print(drawn)
             took = time.monotonic() - began
             time.sleep(max(_REDRAW_SECONDS - took, _SHORTEST_PAUSE_SECONDS))
+
+
+def _fitting(rows: list[Row], height: int) -> tuple[list[Row], int]:
+    """The first rows, as many as fit on a terminal below their header, and how many do not."""
+    room = max(height - 2, 1)  # the header, and where the cursor stands
+    if len(rows) <= room:
+        return rows, 0
+    shown = max(room - 1, 1)
+    return rows[:shown], len(rows) - shown
 
 
 def _console(*, cut: bool = False) -> Console:

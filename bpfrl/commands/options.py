@@ -17,6 +17,7 @@ from rich.console import Console
 
 from bpfrl import cgroup, render
 from bpfrl.cgroup import CgroupTree
+from bpfrl.commands import completing
 from bpfrl.errors import InvalidValueError
 from bpfrl.findings import Finding
 from bpfrl.limits import Limits, PodRef
@@ -165,8 +166,18 @@ def pod_options(function: Function) -> Function:
         return function(*args, pod=PodRef(pod_uid, *(pod_name or ())) if pod_uid else None, **others)
 
     for option in (
-        click.option("--pod-name", type=POD_NAME, help="The pod's name, for bpfrl list to show."),
-        click.option("--pod-uid", type=UID, help="The pod's UID: kubectl get pod -o jsonpath={.metadata.uid}"),
+        click.option(
+            "--pod-name",
+            type=POD_NAME,
+            shell_complete=completing.pod_names,
+            help="The pod's name, for bpfrl list to show.",
+        ),
+        click.option(
+            "--pod-uid",
+            type=UID,
+            shell_complete=completing.pods_here,
+            help="The pod's UID: kubectl get pod -o jsonpath={.metadata.uid}",
+        ),
     ):
         with_pod = option(with_pod)
     return cast(Function, with_pod)
@@ -236,7 +247,11 @@ class Remote:
 def cluster_options(function: Function) -> Function:
     """Give a command the options that name a cluster's API server."""
     for option in (
-        click.option("--context", help="Which of the kubeconfig's contexts. [default: its current one]"),
+        click.option(
+            "--context",
+            shell_complete=completing.contexts,
+            help="Which of the kubeconfig's contexts. [default: its current one]",
+        ),
         click.option("--kubeconfig", type=FOLDER, metavar="FILE", help="The cluster. [default: as kubectl's]"),
     ):
         function = option(function)

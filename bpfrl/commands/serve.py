@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from bpfrl import logs
+from bpfrl.commands import completing
 from bpfrl.commands.options import (
     DEFAULT_PORT,
     ENDPOINT,
@@ -79,6 +80,7 @@ def _serve(daemon: Coroutine[Any, Any, None], log_format: str, context: click.Co
     help="Have pods that send keep to what limited receivers ask for, on this node and others.",
 )
 @daemon_options
+@_monitoring_options
 @click.option(
     "--pod-labels/--no-pod-labels",
     default=True,
@@ -93,7 +95,6 @@ def _serve(daemon: Coroutine[Any, Any, None], log_format: str, context: click.Co
     metavar="N",
     help="In metrics, tell at most so many pods one by one.",
 )
-@_monitoring_options
 @click.pass_context
 def serve_node(
     context: click.Context,
@@ -111,6 +112,11 @@ def serve_node(
 
     Runs on every node, as root, until SIGTERM. Limits are pinned in the kernel: they stay in force when this process
     ends, however it ends, and the next one finds them.
+
+    \b
+    EXAMPLES
+      bpfrl serve-node --certs certs/node
+      bpfrl serve-node --insecure --listen 127.0.0.1:10002
     """
     from bpfrl.rpc import corelog  # noqa: PLC0415 - before grpc is imported
 
@@ -130,7 +136,11 @@ def serve_node(
 @click.command("serve-master")
 @click.option("--manifests", type=FOLDER, metavar="DIR", help="Take the pods from this folder of manifests.")
 @click.option("--kubeconfig", type=FOLDER, metavar="FILE", help="Take them from this cluster's API server.")
-@click.option("--context", help="Which of the kubeconfig's contexts. [default: its current one]")
+@click.option(
+    "--context",
+    shell_complete=completing.contexts,
+    help="Which of the kubeconfig's contexts. [default: its current one]",
+)
 @node_port_option
 @click.option(
     "--resync",
@@ -147,7 +157,10 @@ def serve_node(
     help="Of several masters in a cluster, only the holder of the Lease bpfrl-master acts.",
 )
 @click.option(
-    "--lease-namespace", metavar="NAMESPACE", help="The Lease's namespace. [default: the pod's own, or kube-system]"
+    "--lease-namespace",
+    metavar="NAMESPACE",
+    shell_complete=completing.namespaces,
+    help="The Lease's namespace. [default: the pod's own, or kube-system]",
 )
 @click.option(
     "--lease-duration",
@@ -158,6 +171,7 @@ def serve_node(
     help="How long others wait for a leader that says nothing.",
 )
 @daemon_options
+@_monitoring_options
 @click.option(
     "--max-nodes-in-metrics",
     type=click.IntRange(0),
@@ -166,7 +180,6 @@ def serve_node(
     metavar="N",
     help="In metrics, tell at most so many nodes one by one, first those that do not answer.",
 )
-@_monitoring_options
 @click.pass_context
 def serve_master(
     context_: click.Context,
@@ -189,6 +202,12 @@ def serve_master(
     The cluster is the one of --kubeconfig, of KUBECONFIG, of the pod around this process, or of ~/.kube/config, in
     this order. With --manifests no API server is needed: pods come from the folder's files, and are on this machine
     unless status.hostIP names another. Limits stay in force while no master runs.
+
+    \b
+    EXAMPLES
+      bpfrl serve-master --certs certs/master
+      bpfrl serve-master --certs certs/master --kubeconfig ~/.kube/config --context staging
+      bpfrl serve-master --insecure --manifests /etc/bpfrl/pods
     """
     from bpfrl.rpc import corelog  # noqa: PLC0415 - before grpc is imported
 

@@ -16,6 +16,7 @@ import aiohttp
 import msgspec
 from kubernetes.aio import config
 from kubernetes.aio.client import ApiClient, Configuration
+from kubernetes.aio.config.kube_config import KubeConfigMerger
 
 from bpfrl.errors import ApiError, ClusterError
 
@@ -78,6 +79,22 @@ def namespace_of(kubeconfig: Path | None, context: str | None) -> str:
         raise ClusterError(f"no namespace: {reason} (-n names one, -A is all of them)") from error
 
 
+def contexts(kubeconfig: Path | None) -> list[str]:
+    """The names of a kubeconfig's contexts, or of those that the environment names.
+
+    Raises:
+        ClusterError: it is not there, or is none.
+    """
+    try:
+        files = _files(kubeconfig)
+        _check_is_there(files)
+        # Not list_kube_config_contexts(): it wants a current one.
+        found = KubeConfigMerger(files).config["contexts"].value  # type: ignore[no-untyped-call]
+        return [str(context["name"]) for context in found]
+    except Exception as error:  # what the client makes of a malformed kubeconfig may be anything
+        raise ClusterError(f"no contexts: {' '.join(str(error).split()) or type(error).__name__}") from error
+
+
 class Api:
     """Requests to the API server."""
 
@@ -93,13 +110,14 @@ class Api:
         body: object = None,
         timeout: aiohttp.ClientTimeout = _CALL,
         content_type: str = "application/json",
+        accept: str = "application/json",
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """One request, whose answer may be read while the context lasts.
 
         Raises:
             ApiError: no answer, not all of it, or a refusal.
         """
-        headers = {"Accept": "application/json", "Content-Type": content_type}
+        headers = {"Accept": accept, "Content-Type": content_type}
         try:
             request = await self._client.param_serialize(
                 method,

@@ -27,6 +27,8 @@ from bpfrl.units import format_size
 
 # Each is a handshake, which takes a few milliseconds of this machine's time, and some of the other's.
 _AT_ONCE: Final = 64
+# A process may mostly have 1024 files open. Of so many nodes, each connection is closed when it has answered.
+_MOST_KEPT: Final = 500
 # Pods of a cluster that is watched are read as often as this, or as takes this share of the time.
 _READ_SECONDS: Final = 10.0
 _READ_SHARE: Final = 0.05
@@ -128,6 +130,8 @@ class Nodes:
         async def one(address: str) -> Answer:
             async with self._slots:
                 answer = await self._ask(address, seconds)
+                if len(wanted) > _MOST_KEPT:
+                    await self._clients.pop(address).close()
             answered()
             return answer
 

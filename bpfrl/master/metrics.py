@@ -125,6 +125,7 @@ class MasterMetrics(Monitored, Observer):
     def __init__(self, certificates: Certificates | None, most_nodes: int) -> None:
         super().__init__("master", certificates)
         self._census: Callable[[], Census] | None = None
+        self._synced = False
         self._state = _State(most_nodes)
         self.registry.register(self._state)
         self._calls = Histogram(
@@ -167,7 +168,9 @@ class MasterMetrics(Monitored, Observer):
         """Why this master could not act if it was its turn."""
         if self._census is None:
             return "starting"
-        return "" if self._census().synced else "the pods have not been told yet"
+        # Once told they stay told, and a census is much to ask for that.
+        self._synced = self._synced or self._census().synced
+        return "" if self._synced else "the pods have not been told yet"
 
     def attend(self, census: Callable[[], Census]) -> None:
         """This is how to learn the state of everything."""

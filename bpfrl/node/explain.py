@@ -14,7 +14,7 @@ from bpfrl.bpf.libbpf import AttachType, Descriptor
 from bpfrl.bpf.limiter import Broken, Status
 from bpfrl.cgroup import CgroupTree
 from bpfrl.errors import AmbiguousCgroupError, BpfrlError, CgroupNotFoundError
-from bpfrl.explanation import Attached, Refusal, Report, Sockets
+from bpfrl.explanation import Attached, Refusal, Report
 from bpfrl.limits import PodRef
 from bpfrl.node.agent import Agent
 
@@ -91,7 +91,7 @@ def _at(agent: Agent, path: Path, limiter: Status | Broken | None, refusal: Refu
     sockets, no_sockets = None, ""
     if isinstance(limiter, Status):
         try:
-            sockets = Sockets(*agent.count_sockets(limiter.pod.uid, path))
+            sockets = agent.count_sockets(limiter.pod.uid, path)
         except (BpfrlError, OSError) as error:
             no_sockets = str(error)
     return Report(

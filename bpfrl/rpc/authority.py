@@ -42,7 +42,7 @@ _ROLES: Final[dict[str, tuple[str, ObjectIdentifier]]] = {
 }
 # Each role's Secret in a cluster, and its folder.
 SECRETS: Final = {f"bpfrl-{folder}": folder for folder in _ROLES}
-# Those of the daemons, which run in the cluster; people keep theirs in files.
+# Those of the daemons: people who have a folder keep theirs there.
 _DAEMONS: Final = ("bpfrl-node", "bpfrl-master")
 _AUTHORITY_DAYS: Final = 3650
 # Clocks differ: a certificate is good a little before it is made.

@@ -11,8 +11,9 @@ from typing import Final
 
 from bpfrl.bpf.layout import Counters
 from bpfrl.bpf.limiter import Broken, Status
+from bpfrl.bpf.sockets import Counted
 from bpfrl.errors import InvalidValueError
-from bpfrl.explanation import Attached, Refusal, Report, Sockets
+from bpfrl.explanation import Attached, Refusal, Report
 from bpfrl.limits import Change, Limits, PodRef
 from bpfrl.rpc import node_pb2
 from bpfrl.units import Rate
@@ -165,7 +166,7 @@ def to_report(message: node_pb2.ExplainReply) -> Report:
             for each in message.programs
         ),
         cooperates=message.cooperates,
-        sockets=Sockets(sockets.known, sockets.paced) if message.HasField("sockets") else None,
+        sockets=Counted(sockets.known, sockets.paced) if message.HasField("sockets") else None,
         no_sockets=message.no_sockets,
         refusal=Refusal(refusal.at, refusal.call, refusal.reason) if message.HasField("refusal") else None,
     )

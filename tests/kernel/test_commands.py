@@ -15,6 +15,7 @@ import pytest
 from bench.lab import BPFRL, PEER_ADDRESS, Lab
 from bpfrl import cgroup
 from tests.kernel.conftest import attached, bpftool, items, only
+from tests.measuring import unmeasured
 
 LIMITER = {"cgroup_inet_egress", "cgroup_inet_ingress", "cgroup_sock_ops"}
 
@@ -362,7 +363,7 @@ def test_without_root(bed: Lab, tmp_path: Path, mode: int) -> None:
     (tmp_path / "cache").chmod(0o777)
     for folder in tmp_path.parents[:2]:
         folder.chmod(0o755)
-    environment = os.environ | {
+    environment = unmeasured() | {
         "BPFRL_BPFFS": str(bed.bpffs),
         "BPFRL_CGROUP_ROOT": str(bed.cgroup_root),
         "XDG_CACHE_HOME": str(tmp_path / "cache"),

@@ -18,9 +18,10 @@ from bpfrl import __version__, cgroup
 from bpfrl.bpf import generator, libbpf
 from bpfrl.bpf.libbpf import AttachType, Descriptor, ProgramType
 from bpfrl.bpf.limiter import Broken, Status
+from bpfrl.bpf.sockets import Counted
 from bpfrl.cgroup import CgroupTree
 from bpfrl.errors import RefusedError
-from bpfrl.explanation import Report, Sockets
+from bpfrl.explanation import Report
 from bpfrl.limits import PodRef
 from bpfrl.node.agent import Agent
 from bpfrl.node.explain import examine, examine_cgroup
@@ -149,19 +150,19 @@ def test_the_sockets_of_a_limiter_are_counted(bed: Lab) -> None:
     peer.listen(7000)
     early, early_peer = connect(pod, peer, PEER_ADDRESS, 2)
     limit(bed, "--egress", "100mbit")
-    assert report(bed).sockets == Sockets(0, 0)
+    assert report(bed).sockets == Counted(0, 0)
     late, _ = connect(pod, peer, PEER_ADDRESS, 5)
-    assert report(bed).sockets == Sockets(5, 5)
+    assert report(bed).sockets == Counted(5, 5)
     assert explained(bed)["sockets"] == {"known": 5, "paced": 5}
     # Those from before are taken in with the next that they send; the peer's own are not the pod's.
     early.send(1000)
     early_peer.receive()
     until(lambda: all(early_peer.each("ended")))
-    until(lambda: report(bed).sockets == Sockets(7, 7), what=lambda: report(bed).sockets)
+    until(lambda: report(bed).sockets == Counted(7, 7), what=lambda: report(bed).sockets)
     # Without a limit to what it sends nothing is paced, and the limiter knows them all the same.
     limit(bed, "--ingress", "100mbit")
     late.send(1000)
-    until(lambda: report(bed).sockets == Sockets(7, 2), what=lambda: report(bed).sockets)
+    until(lambda: report(bed).sockets == Counted(7, 2), what=lambda: report(bed).sockets)
 
 
 def test_counting_leaves_nothing_behind(bed: Lab) -> None:
@@ -224,7 +225,7 @@ def test_the_same_is_told_over_the_network(bed: Lab, pki: Path) -> None:
         await wire.client.attach(PodRef(bed.pod_uid, "shop", "cart-0"), FAST, program(FAST), generator.build())
         found = await wire.client.explain(bed.pod_uid)
         assert found == report(bed)
-        assert found.sockets == Sockets(0, 0)
+        assert found.sockets == Counted(0, 0)
 
     run(bed, pki, calls)
 

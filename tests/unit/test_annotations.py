@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from bpfrl.commands.serve import serve_master
 from bpfrl.errors import InvalidValueError
 from bpfrl.limits import Limits
-from bpfrl.master.annotations import BURST, EGRESS, INGRESS, RATE_LABEL, limits_of
+from bpfrl.master.annotations import BURST, EGRESS, INGRESS, KEYS, RATE_LABEL, Key, limits_of
 from bpfrl.units import Rate
 
 ONE, TEN, MANY = Rate(10**6), Rate(10**7), Rate(10**9)
@@ -107,3 +110,14 @@ def test_a_burst_that_cannot_be_meant_is_named(text: str, problem: str, rate: di
 def test_a_label_that_cannot_be_meant_is_no_less_a_mistake_where_annotations_hide_it() -> None:
     with pytest.raises(InvalidValueError, match=r"^label rate: "):
         limits_of({EGRESS: "1M", INGRESS: "1M"}, {"rate": "high"})
+
+
+@pytest.mark.parametrize("key", KEYS, ids=lambda key: key.name)
+def test_a_keys_example_can_be_meant(key: Key[Any]) -> None:
+    assert key.read({key.name: key.example}) == key.parse(key.example)
+    assert key.read({}) is None
+
+
+def test_every_key_is_in_the_help_of_the_command_that_reads_it() -> None:
+    text = serve_master.help or ""
+    assert all(f"{key.kind} {key.name} " in text.replace("\n", " ") for key in KEYS)

@@ -77,6 +77,24 @@ def test_a_pod_is_found_in_every_layout_of_the_kubelet(tmp_path: Path, folder: s
     assert tree(tmp_path, folder).find(UID) == tmp_path / folder
 
 
+@pytest.mark.parametrize("folder", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_pods_uid_is_told_in_every_layout_of_the_kubelet(tmp_path: Path, folder: str) -> None:
+    assert tree(tmp_path, folder, *map("x.slice/{}".format, LAYOUTS.values())).uids() == [UID]
+
+
+@pytest.mark.parametrize("folder", STATIC_LAYOUTS.values(), ids=STATIC_LAYOUTS)
+def test_a_static_pods_uid_is_told_too(tmp_path: Path, folder: str) -> None:
+    assert tree(tmp_path, folder, LAYOUTS["systemd burstable"]).uids() == [STATIC_UID, UID]
+
+
+@pytest.mark.parametrize("folder", [folder for folder in STRANGERS.values() if OTHER_UID not in folder])
+def test_what_is_no_pods_folder_has_no_uid(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "kubepods.slice").mkdir()
+    (tmp_path / "kubepods.slice" / "kubepods-pod1234.slice").mkdir()
+    (tmp_path / "kubepods.slice" / f"kubepods-pod{SLICE}.slice").touch()
+    assert tree(tmp_path, folder).uids() == []
+
+
 @pytest.mark.parametrize("folder", STATIC_LAYOUTS.values(), ids=STATIC_LAYOUTS)
 def test_a_static_pod_is_found_by_the_hash_of_its_manifest(tmp_path: Path, folder: str) -> None:
     assert tree(tmp_path, folder).find(STATIC_UID) == tmp_path / folder

@@ -152,8 +152,8 @@ def test_it_has_the_version_of_the_command() -> None:
 
 
 def test_the_plain_manifests_are_those_of_the_chart() -> None:
-    assert MANIFESTS.read_text() == manifests(), "make manifests"
-    found = list(yaml.safe_load_all(MANIFESTS.read_text()))
+    assert (ROOT / MANIFESTS).read_text() == manifests(), "make generated"
+    found = list(yaml.safe_load_all((ROOT / MANIFESTS).read_text()))
     assert found[0]["kind"] == "Namespace"
     assert len(found[1:]) == len(objects({"certificates": {"mode": "secret"}}))
     assert "elm" not in manifests().replace("deploy/helm", "")

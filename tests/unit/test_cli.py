@@ -30,6 +30,7 @@ from bpfrl.errors import BpfrlError, BrokenLimiterError, CompilerError, KernelEr
 from bpfrl.limits import Change, Limits, PodRef
 from bpfrl.node.agent import Agent
 from bpfrl.units import Rate
+from tests.measuring import unmeasured
 from tests.unit.conftest import forget_programs, make
 
 pytestmark = pytest.mark.usefixtures("logs")
@@ -59,6 +60,8 @@ def run(*arguments: str | Path) -> Result:
 def process(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[bytes]:
     """The command as it is installed."""
     options.setdefault("stdout", subprocess.PIPE)
+    if "user" in options:
+        options.setdefault("env", unmeasured())
     return subprocess.run([COMMAND, *arguments], stderr=subprocess.PIPE, timeout=30, check=False, **options)
 
 
@@ -95,15 +98,17 @@ def test_every_command_explains_itself_and_each_of_its_options(command: Sequence
     assert max(map(len, text.splitlines())) <= 100
     described: click.Command = cli.commands[command[0]] if command else cli
     assert described.help
-    options = [each for each in described.params if isinstance(each, click.Option)]
-    for parameter in options:
-        assert parameter.help, parameter.name
-        assert all(name in text for name in parameter.opts)
+    for parameter in described.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help, parameter.name
+            assert all(name in text for name in parameter.opts)
 
 
 def test_the_commands_are_those_that_operators_know() -> None:
-    expected = ["attach", "certs", "detach", "doctor", "explain", "generate", "list", "serve-master", "serve-node"]
-    assert sorted(cli.commands) == expected
+    assert sorted(cli.commands) == [
+        *("attach", "certs", "completion", "detach", "doctor", "explain", "generate", "list"),
+        *("serve-master", "serve-node"),
+    ]
 
 
 def test_without_a_command_it_shows_the_help_and_fails() -> None:
@@ -359,7 +364,7 @@ def test_a_file_stays_as_it_was_when_the_object_does_not_fit(tmp_path: Path, exi
         "1M",
         "-o",
     ]
-    done = subprocess.run([*limited, output], capture_output=True, timeout=30, check=False)
+    done = subprocess.run([*limited, output], env=unmeasured(), capture_output=True, timeout=30, check=False)
     assert f"{output}: File too large" in failure(done, 1)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == ([existing] if existing else [])
 

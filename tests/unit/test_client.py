@@ -18,8 +18,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from bpfrl import __version__
 from bpfrl.bpf.layout import Counters
 from bpfrl.bpf.limiter import Broken, Status
+from bpfrl.bpf.sockets import Counted
 from bpfrl.errors import BpfrlError, RefusedError, UnreachableError
-from bpfrl.explanation import Refusal, Report, Sockets
+from bpfrl.explanation import Refusal, Report
 from bpfrl.limits import Change, Limits, PodRef
 from bpfrl.rpc import authority, client, messages, node_pb2, tls
 from bpfrl.rpc.client import NodeClient
@@ -648,7 +649,7 @@ def test_a_node_of_another_authority_is_not_trusted(pki: Path, authorities: Path
 
 def test_a_node_explains_one_pod() -> None:
     node = Node()
-    node.report = Report("1", cgroup="/x", limiter=STATUS, sockets=Sockets(3, 2), refusal=Refusal(1.0, "attach", "no"))
+    node.report = Report("1", cgroup="/x", limiter=STATUS, sockets=Counted(3, 2), refusal=Refusal(1.0, "attach", "no"))
     assert call(node, lambda own: own.explain(UID)) == node.report
     assert node.asked == [node_pb2.ExplainRequest(uid=UID)]
 

@@ -102,12 +102,12 @@ def test_without_cgroup_v2_it_says_how_to_have_it(monkeypatch: pytest.MonkeyPatc
 
 def test_the_pods_are_counted_for_each_driver(tmp_path: Path) -> None:
     systemd = make(tmp_path / "kubepods.slice" / "kubepods-burstable.slice").parent
-    for stem in ("kubepods-burstable.slice/kubepods-burstable", "kubepods"):
-        make(systemd / f"{stem}-pod{UID.replace('-', '_')}.slice" / "container")
+    for number, stem in enumerate(("kubepods-burstable.slice/kubepods-burstable", "kubepods")):
+        make(systemd / f"{stem}-pod{UID.replace('-', '_')[:-1]}{number + 1}.slice" / "container")
     make(tmp_path / "kubelet" / "kubepods" / "besteffort" / f"pod{UID}" / "container")
     make(tmp_path / "system.slice" / "podman.service")
     tree = CgroupTree(tmp_path)
-    assert len(tree.pods()) == 3
+    assert len(tree.uids()) == 3
     found = doctor.pods(lambda: tree)
     assert found.mark is OK
     assert sorted(found.found) == sorted(

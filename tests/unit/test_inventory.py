@@ -249,6 +249,19 @@ def test_connections_are_kept_while_their_node_is_asked() -> None:
     run(work())
 
 
+def test_of_very_many_nodes_no_connection_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inventory, "_MOST_KEPT", 2)
+
+    async def work() -> None:
+        for names, closed in (("ab", False), ("abc", True)):
+            nodes = {name: Node() for name in names}
+            asking = Nodes(nodes.__getitem__)
+            assert len(await asking.ask(names, 5)) == len(names)
+            assert {node.closed for node in nodes.values()} == {closed}
+
+    run(work())
+
+
 # A whole cluster.
 
 

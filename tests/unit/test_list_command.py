@@ -98,6 +98,9 @@ class Node(NodeServicer):
     def Detach(self, *_: object) -> Any:  # noqa: N802
         raise AssertionError("a list changes nothing")
 
+    def Explain(self, *_: object) -> Any:  # noqa: N802
+        raise AssertionError("a list asks for no reasons")
+
     def List(self, _: node_pb2.ListRequest, context: Any) -> Any:  # noqa: N802
         self.roles.append(tls.peer_roles(context.auth_context()))
         if self.ill:

@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from bpfrl.bpf.layout import Counters
 from bpfrl.bpf.limiter import Broken, Status
+from bpfrl.bpf.sockets import Counted
 from bpfrl.errors import InvalidValueError
-from bpfrl.explanation import Attached, Refusal, Report, Sockets
+from bpfrl.explanation import Attached, Refusal, Report
 from bpfrl.limits import Change, Limits, PodRef
 from bpfrl.rpc import messages, node_pb2
 from bpfrl.units import Rate
@@ -203,7 +204,7 @@ reports = st.builds(
     limiter=st.none() | statuses | broken,
     programs=st.lists(programs, max_size=3).map(tuple),
     cooperates=st.booleans(),
-    sockets=st.none() | st.builds(Sockets, numbers, numbers),
+    sockets=st.none() | st.builds(Counted, numbers, numbers),
     no_sockets=words,
     refusal=st.none() | st.builds(Refusal, times, words, words),
 )

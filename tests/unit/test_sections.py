@@ -10,7 +10,8 @@ import pytest
 from bpfrl import __version__, render, sections
 from bpfrl.bpf.layout import Counters
 from bpfrl.bpf.limiter import Broken
-from bpfrl.explanation import Attached, Event, Explanation, Refusal, Report, Request, Sockets, Wish
+from bpfrl.bpf.sockets import Counted
+from bpfrl.explanation import Attached, Event, Explanation, Refusal, Report, Request, Wish
 from bpfrl.findings import Finding, Mark
 from bpfrl.limits import PodRef
 from tests.unit.fakes import BUILD, HASH, OLD_BUILD, UID
@@ -33,7 +34,7 @@ from tests.unit.test_explanation import (
 
 OK, WARNING, MISSING = Mark.OK, Mark.WARNING, Mark.MISSING
 FOREIGN = Attached("cgroup_sock_ops", 99, "meddler", b"\xab" * 8, "sock_ops", "/sys/fs/cgroup", "override")
-HERE = replace(HELD, version=__version__, limiter=replace(WHOLE, build=BUILD), sockets=Sockets(12, 11), cooperates=True)
+HERE = replace(HELD, version=__version__, limiter=replace(WHOLE, build=BUILD), sockets=Counted(12, 11), cooperates=True)
 
 
 def row(explanation: Explanation, name: str, build: bytes = BUILD) -> Finding:
@@ -124,7 +125,7 @@ def test_every_program_is_shown_in_the_order_in_which_it_runs() -> None:
         "  bpfrl_egress  id 7, tag 0101010101010101, cgroup_skb, multi, bpfrl's, on its cgroup"
     )
     assert found.found[first + 2] == (
-        "  sd_fw_egress  id 99, tag abababababababab, sock_ops, multi, another's, on /sys/fs/cgroup"
+        "  sd_fw_egress  id 99, tag abababababababab, sock_ops, multi, another's, on cgroup above it"
     )
     # What others do to packets is seen, and nothing that is wrong.
     assert found.mark is OK
