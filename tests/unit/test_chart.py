@@ -409,6 +409,22 @@ def test_the_ports_are_those_of_the_options() -> None:
     assert "--node-port=20002" in master_container["args"]
 
 
+def test_prometheus_finds_both_daemons_and_keeps_the_limited_pods_labels() -> None:
+    found = objects({"podMonitor": {"enabled": True}})
+    monitor = find(found, "PodMonitor")
+    # The alert rules take the daemons to be jobs with this in their names, and the job has the monitor's.
+    assert "bpfrl" in monitor["metadata"]["name"]
+    [endpoint] = monitor["spec"]["podMetricsEndpoints"]
+    assert (endpoint["port"], endpoint["path"], endpoint["honorLabels"]) == ("http", "/metrics", True)
+    [components] = monitor["spec"]["selector"]["matchExpressions"]
+    for kind in ("DaemonSet", "Deployment"):
+        template = find(found, kind)["spec"]["template"]
+        labels = template["metadata"]["labels"]
+        assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
+        assert labels[components["key"]] in components["values"]
+        assert "http" in [port["name"] for port in template["spec"]["containers"][0]["ports"]]
+
+
 def test_the_notes_name_the_release() -> None:
     notes = render(name="here", namespace="limits")["NOTES.txt"]
     assert "kubectl -n limits rollout status daemonset/here-bpfrl-node" in notes
