@@ -156,6 +156,8 @@ def compiler() -> Finding:
 def kernel_feature(feature: Feature) -> Finding:
     """One thing that the kernel can do, tried."""
     mark = Mark.MISSING if feature.needed else Mark.WARNING
+    if library().mark is not Mark.OK:
+        return Finding(feature.name, mark, ("not tried: libbpf is missing",))
     try:
         feature.probe()
     except PermissionDeniedError as error:

@@ -161,13 +161,17 @@ def test_without_clang_the_cache_will_do(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("needed", [True, False])
-def test_what_the_kernel_cannot_do_says_since_when_others_can(*, needed: bool) -> None:
+def test_what_the_kernel_cannot_do_says_since_when_others_can(monkeypatch: pytest.MonkeyPatch, *, needed: bool) -> None:
+    monkeypatch.setattr(libbpf, "version", lambda: "v1")
     feature = Feature("links", "5.7", "attaching", needed, raising(VerifierError("unknown func")))
     expected = Finding("links", MISSING if needed else WARNING, ("unknown func",), "Linux 5.7 has it, for attaching")
     assert doctor.kernel_feature(feature) == expected
     denied = doctor.kernel_feature(feature._replace(probe=raising(PermissionDeniedError("no"))))
     assert (denied.found, denied.advice) == (("not tried: no",), "run bpfrl as root")
     assert doctor.kernel_feature(feature._replace(probe=lambda: None)).mark is OK
+    monkeypatch.setattr(libbpf, "version", raising(KernelError("python3-bpfcc is missing: apt-get install it")))
+    untried = doctor.kernel_feature(feature)
+    assert (untried.mark, untried.found) == (MISSING if needed else WARNING, ("not tried: libbpf is missing",))
 
 
 class Loads:
