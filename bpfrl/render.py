@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 import yaml
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, Group
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -94,6 +95,22 @@ class Row(NamedTuple):
         if self.found is None:
             raise ValueError("a row is of a limiter, or of a pod")
         return PodRef(self.found.uid) if isinstance(self.found, Broken) else self.found.pod
+
+
+class _Unpadded:
+    """A table without the spaces at its lines' ends: one long reason would have each of them wrap at a terminal."""
+
+    def __init__(self, grid: Table) -> None:
+        self._grid = grid
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterable[Segment]:
+        for line in console.render_lines(self._grid, options, pad=False):
+            while line and not line[-1].text.strip():
+                line.pop()
+            if line:
+                yield from line[:-1]
+                yield line[-1]._replace(text=line[-1].text.rstrip())
+            yield Segment.line()
 
 
 class _Column(NamedTuple):
@@ -225,7 +242,7 @@ def table(
             *(Text(cell, no_wrap=True, overflow="ellipsis") if isinstance(cell, str) else cell for cell in each)
         )
     notes = (Text(note, style="red", no_wrap=True) for note in _notes(rows))
-    return Group(*([grid] if whole else []), *notes)
+    return Group(*([_Unpadded(grid)] if whole else []), *notes)
 
 
 def _notes(rows: Sequence[Row]) -> Iterable[str]:

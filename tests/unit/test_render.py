@@ -345,6 +345,16 @@ def test_a_wide_table_of_pods_has_their_uids_too() -> None:
     assert cells(pending)[-4:] == ["-", "-", "-", "pending: asks"]
 
 
+def test_no_line_ends_with_spaces() -> None:
+    long = PODS[1]._replace(reason="x" * 500)
+    for view, rows in ((View.CLUSTER, [*PODS, long]), (View.HERE, ROWS)):
+        for wide in (True, False):
+            lines = drawn(piped(), rows, [], view=view, wide=wide).splitlines()
+            assert len(lines) > len(rows)
+            assert [line for line in lines if line != line.rstrip()] == []
+    assert lines[0].startswith("UID")
+
+
 def test_programs_are_told_what_a_pod_asks_for_and_what_it_has() -> None:
     document = json.loads(render.to_json(PODS))
     assert document == yaml.safe_load(render.to_yaml(PODS))
