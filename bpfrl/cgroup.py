@@ -33,6 +33,7 @@ from typing import Final
 
 from bpfrl import libc
 from bpfrl.errors import AmbiguousCgroupError, CgroupNotFoundError, InvalidValueError
+from bpfrl.limits import PodRef
 from bpfrl.mounts import mounts
 
 _SLICE: Final = ".slice"
@@ -95,13 +96,17 @@ class CgroupTree:
         parents = list(_parents(self.root))
         return [folder for folder in parents if folder.parent not in parents]
 
-    def pods(self) -> list[Path]:
-        """The cgroups of all pods that are here now."""
-        found = []
-        for folder in _parents(self.root):
-            stem = _pod_folder(folder, "").removesuffix(_SLICE)
-            found += [each for each in folder.iterdir() if each.name.startswith(stem) and each.is_dir()]
-        return found
+    def uids(self) -> list[str]:
+        """The UIDs of all pods that have a cgroup here, as their cgroups carry them."""
+        found = set()
+        for parent in _parents(self.root):
+            before, _, after = _pod_folder(parent, "*").partition("*")
+            for folder in parent.glob(f"{before}*{after}"):
+                uid = folder.name.removeprefix(before).removesuffix(after).replace("_", "-")
+                if folder.name == _pod_folder(parent, uid) and folder.is_dir():
+                    with contextlib.suppress(InvalidValueError):
+                        found.add(PodRef(uid).uid)
+        return sorted(found)
 
     def survey_due(self) -> bool:
         """True when it is worth it to walk the tree again, whoever has done so last."""

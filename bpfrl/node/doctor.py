@@ -99,7 +99,7 @@ def pods(tree: Callable[[], CgroupTree]) -> Finding:
     """The kubelet's cgroups."""
     try:
         found = tree()
-        tops, count = found.tops(), len(found.pods())
+        tops, count = found.tops(), len(found.uids())
     except (BpfrlError, OSError) as error:
         return Finding("pods", Mark.WARNING, (str(error),))
     if not tops:

@@ -31,7 +31,7 @@ from bpfrl.node import doctor
 from bpfrl.node.agent import Agent
 from bpfrl.rpc import tls
 from tests.unit.conftest import make
-from tests.unit.fakes import UID
+from tests.unit.fakes import UID, uid_of
 
 pytestmark = pytest.mark.usefixtures("logs")
 
@@ -102,12 +102,11 @@ def test_without_cgroup_v2_it_says_how_to_have_it(monkeypatch: pytest.MonkeyPatc
 
 def test_the_pods_are_counted_for_each_driver(tmp_path: Path) -> None:
     systemd = make(tmp_path / "kubepods.slice" / "kubepods-burstable.slice").parent
-    for stem in ("kubepods-burstable.slice/kubepods-burstable", "kubepods"):
-        make(systemd / f"{stem}-pod{UID.replace('-', '_')}.slice" / "container")
+    for number, stem in enumerate(("kubepods-burstable.slice/kubepods-burstable", "kubepods")):
+        make(systemd / f"{stem}-pod{uid_of(number).replace('-', '_')}.slice" / "container")
     make(tmp_path / "kubelet" / "kubepods" / "besteffort" / f"pod{UID}" / "container")
     make(tmp_path / "system.slice" / "podman.service")
     tree = CgroupTree(tmp_path)
-    assert len(tree.pods()) == 3
     found = doctor.pods(lambda: tree)
     assert found.mark is OK
     assert sorted(found.found) == sorted(
