@@ -106,7 +106,7 @@ def pods(tree: Callable[[], CgroupTree]) -> Finding:
         advice = "on a Kubernetes node, see where the kubelet makes them (--cgroup-root); elsewhere, use --cgroup PATH"
         return Finding("pods", Mark.WARNING, (f"no kubepods cgroup below {found.root}",), advice)
     lines = (f"{top}, {'systemd' if top.name.endswith('.slice') else 'cgroupfs'} driver" for top in tops)
-    return Finding("pods", Mark.OK, (*lines, f"{count} pods"))
+    return Finding("pods", Mark.OK, (*lines, f"{count} pod{'' if count == 1 else 's'}"))
 
 
 def bpffs(agent: Agent) -> Finding:
