@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 import yaml
-from rich.console import Console, ConsoleOptions, Group
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
@@ -312,7 +312,7 @@ def rate(row: Row, counter: Callable[[Status], int]) -> float | None:
     return None if gained is None or row.before is None else gained * 8 / (row.now - row.before[1])
 
 
-def checklist(findings: Sequence[Finding]) -> Table:
+def checklist(findings: Sequence[Finding]) -> RenderableType:
     """A row for each thing that was looked at; its advice stands below what was found."""
     grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
     grid.add_column(no_wrap=True)
@@ -322,7 +322,7 @@ def checklist(findings: Sequence[Finding]) -> Table:
         lines = (*finding.found, *([f"-> {finding.advice}"] if finding.advice else []))
         mark = Text(finding.mark.value, style=_MARK_STYLES[finding.mark])
         grid.add_row(mark, Text(finding.name), Text("\n".join(lines)))
-    return grid
+    return _Unpadded(grid)
 
 
 def dump(document: Mapping[str, Any], form: str) -> str:

@@ -23,7 +23,7 @@ def certs_init(folder: Path, days: int, renew: bool) -> None:
     """Make an authority, and certificates for the nodes, the master and operators.
 
     DIR/node is for bpfrl serve-node --certs and DIR/master for bpfrl serve-master --certs. DIR/operator is for people's
-    bpfrl list --certs: with it, one can look at nodes and change nothing. Keep DIR/ca.key to
+    bpfrl list --certs and explain --certs: with it, one can look at nodes and change nothing. Keep DIR/ca.key to
     yourself: who has it can limit any pod. What is there and good for a while is kept, so that the same command
     renews what is about to expire; the daemons read changed files by themselves.
 

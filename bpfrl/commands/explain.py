@@ -219,7 +219,9 @@ async def _with_report(found: Explanation, source: _Source) -> Explanation:
         old = error.code == _UNIMPLEMENTED
         why = "its bpfrl is older than this one" if old else str(error)
         return replace(found, no_report=f"node {source.name} cannot explain: {why}")
-    except (CertificateError, KernelError, PermissionDeniedError, CgroupNotFoundError) as error:
+    except PermissionDeniedError as error:
+        return replace(found, no_report=f"{error} (or --node ADDRESS --certs DIR, which asks its daemon)")
+    except (CertificateError, KernelError, CgroupNotFoundError) as error:
         return replace(found, no_report=str(error))
     if not found.pod.name and isinstance(report.limiter, Status):
         found = replace(found, pod=report.limiter.pod)

@@ -300,10 +300,7 @@ def certificates(folder: Path | None, role: str, *, insecure: bool) -> Certifica
 def show(findings: Sequence[Finding]) -> None:
     """Print what was found: folded to a terminal's width, or in whole lines."""
     console = Console(width=None if sys.stdout.isatty() else UNCUT_WIDTH, highlight=False)
-    with console.capture() as drawn:
-        console.print(render.checklist(findings))
-    for line in drawn.get().splitlines():
-        click.echo(line.rstrip())  # rich fills the last column up
+    console.print(render.checklist(findings))
 
 
 def nothing_limited(agent: Agent) -> str:

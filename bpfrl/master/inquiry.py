@@ -81,7 +81,7 @@ async def by_name(api: Api, namespace: str, name: str) -> Request | None:
         ApiError: the API server did not answer, or refused.
     """
     try:
-        path = f"/api/v1/namespaces/{quote(namespace)}/pods/{quote(name)}"
+        path = f"/api/v1/namespaces/{quote(namespace, safe='')}/pods/{quote(name, safe='')}"
         async with api.request("GET", path, timeout=_TIMEOUT) as response:
             return await _request(api, _decoded(await response.read(), _Pod))
     except ApiError as error:

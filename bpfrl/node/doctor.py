@@ -106,7 +106,7 @@ def pods(tree: Callable[[], CgroupTree]) -> Finding:
         advice = "on a Kubernetes node, see where the kubelet makes them (--cgroup-root); elsewhere, use --cgroup PATH"
         return Finding("pods", Mark.WARNING, (f"no kubepods cgroup below {found.root}",), advice)
     lines = (f"{top}, {'systemd' if top.name.endswith('.slice') else 'cgroupfs'} driver" for top in tops)
-    return Finding("pods", Mark.OK, (*lines, f"{count} pods"))
+    return Finding("pods", Mark.OK, (*lines, f"{count} pod{'' if count == 1 else 's'}"))
 
 
 def bpffs(agent: Agent) -> Finding:
@@ -156,6 +156,8 @@ def compiler() -> Finding:
 def kernel_feature(feature: Feature) -> Finding:
     """One thing that the kernel can do, tried."""
     mark = Mark.MISSING if feature.needed else Mark.WARNING
+    if library().mark is not Mark.OK:
+        return Finding(feature.name, mark, ("not tried: libbpf is missing",))
     try:
         feature.probe()
     except PermissionDeniedError as error:

@@ -5,7 +5,7 @@ One authority signs three certificates, one for all nodes, one for the master an
     DIR/ca.crt  DIR/ca.key                              the authority; its key signs, and nothing else needs it
     DIR/node/{ca.crt,tls.crt,tls.key}                   for bpfrl serve-node --certs
     DIR/master/{ca.crt,tls.crt,tls.key}                 for bpfrl serve-master --certs
-    DIR/operator/{ca.crt,tls.crt,tls.key}               for bpfrl list --certs
+    DIR/operator/{ca.crt,tls.crt,tls.key}               for bpfrl list and explain --certs
 """
 
 from __future__ import annotations

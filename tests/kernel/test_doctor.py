@@ -33,7 +33,7 @@ def test_this_machine_is_sound(bed: Lab) -> None:
     found = doctor(bed)
     assert found["ok"] is True, found
     rows = {check["name"]: check for check in found["checks"]}
-    assert rows["pods"]["found"] == [f"{bed.cgroup_root}/kubepods.slice, systemd driver", "1 pods"]
+    assert rows["pods"]["found"] == [f"{bed.cgroup_root}/kubepods.slice, systemd driver", "1 pod"]
     assert rows["bpffs"]["found"] == [f"{bed.bpffs}, writable"]
     assert all(check["mark"] in ("ok", "warning") for check in found["checks"])
     assert bed.bpfrl("doctor").stdout.count("\n") > len(rows)

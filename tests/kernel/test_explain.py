@@ -165,6 +165,20 @@ def test_the_sockets_of_a_limiter_are_counted(bed: Lab) -> None:
     until(lambda: report(bed).sockets == Counted(7, 2), what=lambda: report(bed).sockets)
 
 
+def test_who_sends_what_cannot_be_paced_is_told_what_becomes_of_it(bed: Lab) -> None:
+    limit(bed, "--egress", "1mbit")
+    bed.iperf3("-u", "-b", "10M", "-t", "2")
+    found = explained(bed)
+    assert (found["verdict"]["mark"], found["marks"]["counters"]) == ("warning", "warning")
+    told = re.fullmatch(r"limited: egress 1mbit, and (\d+) % of what it sends is dropped: .*", found["verdict"]["text"])
+    assert told
+    egress = found["limit"]["egress"]
+    share = egress["dropped_packets"] / (egress["dropped_packets"] + egress["passed_packets"])
+    assert egress["drop_share"] == pytest.approx(share, abs=1e-6)
+    assert int(told[1]) == pytest.approx(100 * share, abs=1)
+    assert share > 0.5
+
+
 def test_counting_leaves_nothing_behind(bed: Lab) -> None:
     limit(bed, "--rate", "10mbit")
     peer_end(bed).listen(7000)

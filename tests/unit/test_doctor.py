@@ -31,7 +31,7 @@ from bpfrl.node import doctor
 from bpfrl.node.agent import Agent
 from bpfrl.rpc import tls
 from tests.unit.conftest import make
-from tests.unit.fakes import UID
+from tests.unit.fakes import UID, uid_of
 
 pytestmark = pytest.mark.usefixtures("logs")
 
@@ -103,11 +103,10 @@ def test_without_cgroup_v2_it_says_how_to_have_it(monkeypatch: pytest.MonkeyPatc
 def test_the_pods_are_counted_for_each_driver(tmp_path: Path) -> None:
     systemd = make(tmp_path / "kubepods.slice" / "kubepods-burstable.slice").parent
     for number, stem in enumerate(("kubepods-burstable.slice/kubepods-burstable", "kubepods")):
-        make(systemd / f"{stem}-pod{UID.replace('-', '_')[:-1]}{number + 1}.slice" / "container")
+        make(systemd / f"{stem}-pod{uid_of(number).replace('-', '_')}.slice" / "container")
     make(tmp_path / "kubelet" / "kubepods" / "besteffort" / f"pod{UID}" / "container")
     make(tmp_path / "system.slice" / "podman.service")
     tree = CgroupTree(tmp_path)
-    assert len(tree.uids()) == 3
     found = doctor.pods(lambda: tree)
     assert found.mark is OK
     assert sorted(found.found) == sorted(
@@ -161,13 +160,17 @@ def test_without_clang_the_cache_will_do(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("needed", [True, False])
-def test_what_the_kernel_cannot_do_says_since_when_others_can(*, needed: bool) -> None:
+def test_what_the_kernel_cannot_do_says_since_when_others_can(monkeypatch: pytest.MonkeyPatch, *, needed: bool) -> None:
+    monkeypatch.setattr(libbpf, "version", lambda: "v1")
     feature = Feature("links", "5.7", "attaching", needed, raising(VerifierError("unknown func")))
     expected = Finding("links", MISSING if needed else WARNING, ("unknown func",), "Linux 5.7 has it, for attaching")
     assert doctor.kernel_feature(feature) == expected
     denied = doctor.kernel_feature(feature._replace(probe=raising(PermissionDeniedError("no"))))
     assert (denied.found, denied.advice) == (("not tried: no",), "run bpfrl as root")
     assert doctor.kernel_feature(feature._replace(probe=lambda: None)).mark is OK
+    monkeypatch.setattr(libbpf, "version", raising(KernelError("python3-bpfcc is missing: apt-get install it")))
+    untried = doctor.kernel_feature(feature)
+    assert (untried.mark, untried.found) == (MISSING if needed else WARNING, ("not tried: libbpf is missing",))
 
 
 class Loads:

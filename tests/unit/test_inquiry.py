@@ -121,6 +121,12 @@ def test_values_are_read_one_by_one_so_that_the_good_ones_are_told_too() -> None
     ]
 
 
+def test_a_name_is_no_way_to_anything_else() -> None:
+    server = Server(pod())
+    assert server.ask(by_name("x/../cart")) is None
+    assert server.asked == ["/api/v1/namespaces/shop/pods/x%2F..%2Fcart"]
+
+
 def test_a_pod_that_is_not_there_is_none() -> None:
     assert Server(pod()).ask(by_name("other")) is None
     assert Server().ask(by_uid()) is None
