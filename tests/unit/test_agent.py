@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bpfrl import cgroup
+from bpfrl import cgroup, libc
 from bpfrl.bpf import cooperation, generator, law, libbpf, limiter
 from bpfrl.bpf.layout import Counters, IdentityData, LimitsData
 from bpfrl.bpf.limiter import Broken, Status
@@ -255,6 +256,25 @@ def test_nothing_is_hidden_by_mounting_over_it(nowhere: Agent, tmp_path: Path) -
     nowhere.bpffs.joinpath("file").touch()
     with pytest.raises(KernelError, match=f"{nowhere.bpffs} is no BPF file system, and not empty: .* --bpffs"):
         nowhere.attach(generator.generate(None, SLOW), POD, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (PermissionError(errno.EPERM, "Operation not permitted"), PermissionDeniedError("this needs root")),
+        (OSError(errno.ENODEV, "No such device"), KernelError("No such device")),
+    ],
+    ids=["not root", "not in this kernel"],
+)
+def test_a_bpffs_that_cannot_be_mounted_is_told_with_the_reason(
+    nowhere: Agent, monkeypatch: pytest.MonkeyPatch, error: OSError, told: Exception
+) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(libc, "mount", refuse)
+    with pytest.raises(type(told), match=f"^cannot mount a BPF file system on {nowhere.bpffs}: {told}$"):
+        nowhere.mount()
 
 
 @pytest.mark.parametrize("error", [KernelError("cannot attach: No such device"), OSError(2, "No such file")])

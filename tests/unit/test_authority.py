@@ -333,3 +333,13 @@ def test_secrets_of_damaged_files_is_one_line(folder: Path) -> None:
         authority.secrets(folder, "bpfrl")
     assert str(caught.value).isprintable()
     assert str(folder / "master") in str(caught.value)
+
+
+def test_an_authority_whose_certificate_is_lost_is_not_replaced(folder: Path) -> None:
+    (folder / "ca.crt").unlink()
+    assert refusal(folder) == f"{folder} has ca.key without ca.crt: copy that back from {folder}/node"
+
+
+def test_an_authority_that_has_expired_signs_nothing_more(tmp_path: Path) -> None:
+    authority._make_authority(tmp_path, timedelta(minutes=-1))
+    assert refusal(tmp_path) == f"{tmp_path}/ca.crt has expired: make a new authority in another folder"

@@ -428,6 +428,22 @@ def test_a_user_without_a_home_is_no_error(monkeypatch: pytest.MonkeyPatch) -> N
     assert generator._cache_folder().is_absolute()
 
 
+def test_what_a_compiler_has_made_before_it_went_is_good_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    forget_programs()
+    made = generator.compile_object("limiter.bpf.c")
+    forget_programs()
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert generator.compile_object("limiter.bpf.c") == made
+    [kept] = tmp_path.glob("bpfrl/*.o")
+    kept.write_bytes(b"damaged")
+    forget_programs()
+    with pytest.raises(CompilerError, match="clang is not installed"):
+        generator.compile_object("limiter.bpf.c")
+
+
 @pytest.mark.parametrize("missing", ["clang", "llvm-strip"])
 def test_a_missing_tool_is_named_with_what_to_install(
     tools: Toolbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
