@@ -65,7 +65,14 @@ def certs_secrets(folder: Path, namespace: str) -> None:
 
 
 @certs.command("apply")
-@click.option("-n", "--namespace", default="bpfrl", show_default=True, help="The Secrets' namespace.")
+@click.option(
+    "-n",
+    "--namespace",
+    default="bpfrl",
+    show_default=True,
+    shell_complete=completing.namespaces,
+    help="The Secrets' namespace.",
+)
 @click.option("--days", type=click.IntRange(1, 36_500), default=365, show_default=True, help="How long they are good.")
 @click.option("--renew", is_flag=True, help="Make all certificates anew, whatever time they have left.")
 @cluster_options

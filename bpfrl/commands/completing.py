@@ -120,8 +120,8 @@ def nodes(context: click.Context, parameter: click.Parameter, incomplete: str) -
 
 
 def pods(context: click.Context, parameter: click.Parameter, incomplete: str) -> Items:
-    """The names of the pods of --namespace."""
-    found = _names(context, "pods", context.params.get("namespace") or "default")
+    """The names of the pods of --namespace, or of the kubeconfig's own."""
+    found = _names(context, "pods", context.params.get("namespace") or _usual_namespace(context))
     return _offer([(pod.name, "") for pod in found], incomplete, context, parameter)
 
 
@@ -130,6 +130,14 @@ def pod_names(context: click.Context, _parameter: click.Parameter, incomplete: s
     namespace, complete, _ = incomplete.partition("/")
     found = _names(context, "pods", namespace if complete else "")
     return _offer([(f"{pod.namespace}/{pod.name}", "") for pod in found], incomplete)
+
+
+def _usual_namespace(context: click.Context) -> str:
+    from bpfrl.master import api  # noqa: PLC0415 - as above
+
+    with suppress(BpfrlError):
+        return api.namespace_of(context.params.get("kubeconfig"), context.params.get("context"))
+    return "default"
 
 
 def _offer(

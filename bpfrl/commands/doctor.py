@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from bpfrl import render
+from bpfrl.commands import completing
 from bpfrl.commands.options import (
     FAILURE,
     NODE,
@@ -28,7 +29,15 @@ from bpfrl.node import doctor as machine
 
 
 @click.command()
-@click.option("--node", "nodes", type=NODE, multiple=True, metavar="ADDRESS[:PORT]", help="Ask this node. Repeatable.")
+@click.option(
+    "--node",
+    "nodes",
+    type=NODE,
+    multiple=True,
+    metavar="ADDRESS[:PORT]",
+    shell_complete=completing.nodes,
+    help="Ask this node. Repeatable.",
+)
 @click.option(
     "-o",
     "--output",

@@ -384,6 +384,26 @@ def test_options_that_exist_ask_the_cluster(asked: list[tuple[Path | None, str |
     assert asked[1][1] == "y"
 
 
+def test_what_looks_at_a_cluster_completes_its_nodes_and_pods(
+    asked: list[tuple[Path | None, str | None, str, str]], tmp_path: Path
+) -> None:
+    path = write_kubeconfig(tmp_path / "config", "east")
+    nodes = ["192.0.2.1", "192.0.2.2", "[2001:db8::1]"]
+    for command in (["list"], ["explain"], ["doctor"]):
+        assert list(offered(*command, "--kubeconfig", str(path), "--node", "")) == nodes
+        assert list(offered(*command, "--kubeconfig", str(path), "--context", "")) == ["east"]
+    assert {kubeconfig for kubeconfig, *_ in asked} == {path}
+    for command in (["list"], ["explain"], ["certs", "apply"]):
+        assert list(offered(*command, "-n", "sh")) == ["shop"]
+    assert list(offered("explain", "-n", "shop", "")) == ["cart-0", "cart-1"]
+    # Without -n it is the kubeconfig's own namespace.
+    assert list(offered("explain", "--kubeconfig", str(path), "")) == ["web"]
+    content = yaml.safe_load(path.read_text())
+    content["contexts"][0]["context"]["namespace"] = "shop"
+    path.write_text(yaml.safe_dump(content))
+    assert list(offered("explain", "--kubeconfig", str(path), "")) == ["cart-0", "cart-1"]
+
+
 def test_a_server_that_does_not_answer_takes_no_more_than_a_moment(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         silent.setblocking(False)
