@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from bench.lab import PEER_ADDRESS, PEER_ADDRESS_6, POD_ADDRESS, Lab, wait_for_listener
+from bench.lab import PEER_ADDRESS, PEER_ADDRESS_6, POD_ADDRESS, Lab, lab, wait_for_listener
 from bpfrl.bpf import law
 from bpfrl.units import Rate
 from tests.kernel.conftest import UNPACED, Flows, connect, detach, limit, only, peer_end, pod_end
@@ -66,6 +66,16 @@ def test_tcp_is_paced_to_its_limit_without_a_queue(bed: Lab, megabits: int, flow
     assert run.rtt_ms < 4
     egress = only(bed)["egress"]
     assert egress["dropped_packets"] <= egress["passed_packets"] / 100
+
+
+@pytest.mark.parametrize(("megabits", "flows"), [(10, 1), (100, 16)])
+def test_packets_as_long_as_loopbacks_fill_their_limit_too(megabits: int, flows: int) -> None:
+    """One of them is 52 ms of 10 Mbit/s: what waited longer than its turn left the limit idle."""
+    with lab(mtu=65_535) as bed:
+        limit(bed, "--egress", f"{megabits}mbit")
+        run = Flows.of(bed.iperf3("-P", str(flows), "-t", "4", "-O", "1"))
+    assert 0.85 < run.goodput / (megabits * 1e6) < 1.05
+    assert run.jain > 0.9
 
 
 def test_the_bytes_on_the_wire_are_charged_with_every_segments_headers(bed: Lab) -> None:
