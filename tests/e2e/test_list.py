@@ -28,6 +28,7 @@ from bench.fleet import NODE_PORT, Daemon, Fleet, wait_for
 from bench.kubeapi import Api
 from bench.lab import BPFRL, in_namespace
 from tests.e2e.conftest import EGRESS, INGRESS, MBIT, SECONDS, Cluster, Pod, await_acting
+from tests.measuring import unmeasured
 
 _NOBODY: Final = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 # Where this checkout is closed to others: root's files, and none of root's rights.
@@ -71,7 +72,7 @@ class Desk:
     def environment(self) -> dict[str, str]:
         """What the operator has set: no root's home, and a bpffs that is none."""
         own = {"KUBECONFIG": f"{self.folder}/kubeconfig", "BPFRL_CERTS": f"{self.folder}/operator"}
-        return os.environ | own | {"HOME": "/nonexistent", "BPFRL_BPFFS": "/nonexistent", "TERM": "xterm"}
+        return unmeasured() | own | {"HOME": "/nonexistent", "BPFRL_BPFFS": "/nonexistent", "TERM": "xterm"}
 
     def list(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run it there."""

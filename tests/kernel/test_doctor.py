@@ -16,6 +16,7 @@ from bpfrl import cgroup
 from bpfrl.bpf import libbpf, probe
 from bpfrl.errors import KernelError, VerifierError
 from tests.kernel.conftest import attached_to, bpftool, entries, until
+from tests.measuring import unmeasured
 
 
 def doctor(bed: Lab, *options: str) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def test_what_a_kernel_does_not_know_is_not_found(monkeypatch: pytest.MonkeyPatc
 
 
 def test_nobody_is_told_what_is_missing(bed: Lab) -> None:
-    environment = os.environ | {
+    environment = unmeasured() | {
         "BPFRL_BPFFS": str(bed.bpffs),
         "BPFRL_CGROUP_ROOT": str(bed.cgroup_root),
         "HOME": "/nonexistent",

@@ -28,6 +28,7 @@ from bpfrl.node.explain import examine, examine_cgroup
 from tests.kernel.conftest import attached, bpftool, connect, detach, limit, peer_end, pod_end, until
 from tests.kernel.test_agent import end_pod
 from tests.kernel.test_service import FAST, SLOW, Wire, another_pod, certificates, header, pki, program, run, whole
+from tests.measuring import unmeasured
 
 __all__ = ["certificates", "pki"]
 
@@ -221,7 +222,7 @@ def test_a_cgroup_that_is_no_pod_is_explained_too(bed: Lab) -> None:
 
 def test_a_user_without_privileges_is_told_so_in_the_verdict(bed: Lab) -> None:
     limit(bed, "--rate", "10mbit")
-    environment = os.environ | {"BPFRL_BPFFS": str(bed.bpffs), "BPFRL_CGROUP_ROOT": str(bed.cgroup_root)}
+    environment = unmeasured() | {"BPFRL_BPFFS": str(bed.bpffs), "BPFRL_CGROUP_ROOT": str(bed.cgroup_root)}
     environment["HOME"] = "/nonexistent"
     command = [BPFRL, "explain", "--pod-uid", bed.pod_uid]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, user=65534, cwd="/")

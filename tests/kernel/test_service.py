@@ -51,6 +51,7 @@ from bpfrl.rpc.node_pb2_grpc import NodeStub, add_NodeServicer_to_server
 from bpfrl.units import Rate
 from tests.kernel.conftest import attached, attached_to, cooperation, entries, items, only, until
 from tests.kernel.test_agent import FOREIGN, build, end_pod, state, wait_until_gone
+from tests.measuring import unmeasured
 
 SLOW, FAST = Limits(Rate(10**6)), Limits(Rate(10**9), Rate(2 * 10**9), 65_536)
 SECONDS = 20.0
@@ -1064,15 +1065,15 @@ class Daemon:
         self._bed = bed
         self._pki = pki
         trust = ["--certs", str(pki / "node")] if pki else ["--insecure"]
+        self._within = within
         self._command = [*within, BPFRL, "serve-node", "--listen", place, *trust, *options]
         self._file = bed.bpffs.with_name(f"{bed.bpffs.name}.{uuid.uuid4().hex[:6]}.log")
         self.port = 0
 
     def __enter__(self) -> Daemon:
-        environment = os.environ | {
-            "BPFRL_BPFFS": str(self._bed.bpffs),
-            "BPFRL_CGROUP_ROOT": str(self._bed.cgroup_root),
-        }
+        places = {"BPFRL_BPFFS": str(self._bed.bpffs), "BPFRL_CGROUP_ROOT": str(self._bed.cgroup_root)}
+        # What coverage opens and writes is not the daemon's doing.
+        environment = (unmeasured() if self._within else os.environ) | places
         with self._file.open("w") as log:
             self.process = subprocess.Popen(
                 self._command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True
