@@ -53,6 +53,11 @@ class Pod(NamedTuple):
         self.node.end_pod(self.cgroup_uid)
 
 
+# For tests of what people look at, which asks little of an API server: the real one, where there is one.
+ONE_API: Final = pytest.mark.parametrize(
+    "api", [StandIn if real_assets() is None else RealApi], indirect=True, scope="module"
+)
+
 Expected = Mapping[Pod, tuple[int, int]]
 
 

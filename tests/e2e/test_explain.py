@@ -12,7 +12,9 @@ import pytest
 from bench.fleet import CONTROL_ADDRESS, NODE_PORT, Daemon, Fleet, wait_for
 from bench.kubeapi import Api
 from bench.lab import BPFRL, in_namespace
-from tests.e2e.conftest import EGRESS, INGRESS, MBIT, SECONDS, Cluster, Pod, await_acting
+from tests.e2e.conftest import EGRESS, INGRESS, MBIT, ONE_API, SECONDS, Cluster, Pod, await_acting
+
+pytestmark = ONE_API
 
 
 class Told(NamedTuple):

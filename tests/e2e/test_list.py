@@ -27,8 +27,10 @@ import pytest
 from bench.fleet import NODE_PORT, Daemon, Fleet, wait_for
 from bench.kubeapi import Api
 from bench.lab import BPFRL, in_namespace
-from tests.e2e.conftest import EGRESS, INGRESS, MBIT, SECONDS, Cluster, Pod, await_acting
+from tests.e2e.conftest import EGRESS, INGRESS, MBIT, ONE_API, SECONDS, Cluster, Pod, await_acting
 from tests.measuring import unmeasured
+
+pytestmark = ONE_API
 
 _NOBODY: Final = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 # Where this checkout is closed to others: root's files, and none of root's rights.
