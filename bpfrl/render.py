@@ -381,7 +381,11 @@ def _document(rows: Sequence[Row]) -> dict[str, Any]:
 
 def _item(row: Row) -> dict[str, Any]:
     if row.state:
-        return _names_of(row) | {"state": row.state, "reason": row.reason, "wanted": _wanted(row.wanted)} | _facts(row)
+        return (
+            _names_of(row)
+            | {"state": row.state, "reason": row.reason, "wanted": limits_document(row.wanted)}
+            | _facts(row)
+        )
     if isinstance(row.found, Broken):
         return {"uid": row.found.uid, "error": row.found.reason} | ({"node": row.node} if row.node else {})
     return _names_of(row) | _facts(row)
@@ -392,7 +396,8 @@ def _names_of(row: Row) -> dict[str, str]:
     return names | {"node": row.node} if row.node else names
 
 
-def _wanted(limits: Limits | None) -> dict[str, int | None] | None:
+def limits_document(limits: Limits | None) -> dict[str, int | None] | None:
+    """Limits for programs: exact numbers, with their unit in the key."""
     if limits is None:
         return None
     return {

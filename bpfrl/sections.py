@@ -24,7 +24,6 @@ from bpfrl.explanation import (
     verdict,
 )
 from bpfrl.findings import Finding, Mark
-from bpfrl.limits import Limits
 from bpfrl.units import format_size
 
 _SOCKOPS: Final = "cgroup_sock_ops"
@@ -237,20 +236,10 @@ def _asked_document(explanation: Explanation) -> dict[str, Any]:
         return {"known": False, "why_not": explanation.no_request or None, "limits": None, "values": []}
     return {
         "known": True,
-        "limits": _limits_document(request.limits),
+        "limits": render.limits_document(request.limits),
         "problem": request.problem or None,
         "ended": request.ended,
         "values": [wish._asdict() for wish in request.wishes],
-    }
-
-
-def _limits_document(limits: Limits | None) -> dict[str, int | None] | None:
-    if limits is None:
-        return None
-    return {
-        "egress_bits_per_second": limits.egress.bits if limits.egress else None,
-        "ingress_bits_per_second": limits.ingress.bits if limits.ingress else None,
-        "burst_bytes": limits.burst,
     }
 
 
@@ -268,7 +257,7 @@ def _limit_document(report: Report, build: bytes) -> dict[str, Any]:
     found["problem"] = shortfall(report) or None
     if isinstance(limiter, Status):
         found |= {
-            "limits": _limits_document(limiter.limits),
+            "limits": render.limits_document(limiter.limits),
             "attached_at": round(limiter.attached_at, 3),
             "this_build": limiter.build == build if build else None,
             "adopted": limiter.adopted,

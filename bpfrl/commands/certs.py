@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 import click
 
 from bpfrl.commands import completing
 from bpfrl.commands.options import FOLDER, cluster_options
+
+_namespace_option: Final = click.option(
+    "-n",
+    "--namespace",
+    default="bpfrl",
+    show_default=True,
+    shell_complete=completing.namespaces,
+    help="The Secrets' namespace.",
+)
 
 
 @click.group()
@@ -40,14 +50,7 @@ def certs_init(folder: Path, days: int, renew: bool) -> None:
 
 @certs.command("secrets")
 @click.argument("folder", type=FOLDER, metavar="DIR")
-@click.option(
-    "-n",
-    "--namespace",
-    default="bpfrl",
-    show_default=True,
-    shell_complete=completing.namespaces,
-    help="The Secrets' namespace.",
-)
+@_namespace_option
 def certs_secrets(folder: Path, namespace: str) -> None:
     """Print the certificates of DIR as Kubernetes Secrets, for kubectl apply -f -.
 
@@ -65,14 +68,7 @@ def certs_secrets(folder: Path, namespace: str) -> None:
 
 
 @certs.command("apply")
-@click.option(
-    "-n",
-    "--namespace",
-    default="bpfrl",
-    show_default=True,
-    shell_complete=completing.namespaces,
-    help="The Secrets' namespace.",
-)
+@_namespace_option
 @click.option("--days", type=click.IntRange(1, 36_500), default=365, show_default=True, help="How long they are good.")
 @click.option("--renew", is_flag=True, help="Make all certificates anew, whatever time they have left.")
 @cluster_options

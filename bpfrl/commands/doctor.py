@@ -18,6 +18,7 @@ from bpfrl.commands.options import (
     LocalNode,
     NodeAddress,
     Remote,
+    output_option,
     reading_options_fit,
     remote_options,
     show,
@@ -38,14 +39,7 @@ from bpfrl.node import doctor as machine
     shell_complete=completing.nodes,
     help="Ask this node. Repeatable.",
 )
-@click.option(
-    "-o",
-    "--output",
-    type=click.Choice(["table", "json", "yaml"]),
-    default="table",
-    show_default=True,
-    help="The form of the output.",
-)
+@output_option("table", "json", "yaml")
 @remote_options
 @click.pass_obj
 def doctor(node: LocalNode, nodes: Sequence[NodeAddress], output: str, remote: Remote) -> None:

@@ -25,6 +25,7 @@ from bpfrl.commands.options import (
     LocalNode,
     NodeAddress,
     Remote,
+    output_option,
     reading_options_fit,
     remote_options,
     show,
@@ -106,14 +107,7 @@ class _Asked:
     help="Ask this node. [default: the pod's own]",
 )
 @click.option("--manifests", type=FOLDER, metavar="DIR", help="Take what it asks for from this folder of manifests.")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Choice(["text", "json", "yaml"]),
-    default="text",
-    show_default=True,
-    help="The form of the output.",
-)
+@output_option("text", "json", "yaml")
 @remote_options
 @click.pass_obj
 def explain(

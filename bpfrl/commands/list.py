@@ -26,6 +26,7 @@ from bpfrl.commands.options import (
     NodeAddress,
     Remote,
     nothing_limited,
+    output_option,
     remote_options,
 )
 from bpfrl.commands.progress import progress
@@ -79,14 +80,7 @@ class _Place(NamedTuple):
 
 
 @click.command("list")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Choice(["table", "wide", "json", "yaml", "name"]),
-    default="table",
-    show_default=True,
-    help="The form of the output.",
-)
+@output_option("table", "wide", "json", "yaml", "name")
 @click.option("-w", "--watch", is_flag=True, help="Draw the table again each second, with the current rates.")
 @click.option(
     "--sort-by",

@@ -244,6 +244,18 @@ class Remote:
         return certificates(self.certs, tls.OPERATOR, insecure=self.insecure)
 
 
+def output_option(*forms: str) -> Callable[[Function], Function]:
+    """The option that says in which of these forms the output is to be, by default in the first."""
+    return click.option(
+        "-o",
+        "--output",
+        type=click.Choice(forms),
+        default=forms[0],
+        show_default=True,
+        help="The form of the output.",
+    )
+
+
 def cluster_options(function: Function) -> Function:
     """Give a command the options that name a cluster's API server."""
     for option in (

@@ -246,6 +246,15 @@ def api(request: pytest.FixtureRequest, bed: Fleet) -> Iterator[Api]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def master(bed: Fleet, api: Api) -> Iterator[Daemon]:
+    """A master that acts, for all tests of a module."""
+    daemon = bed.master("--kubeconfig", str(api.kubeconfig))
+    await_acting(daemon)
+    yield daemon
+    assert daemon.stop() == 0
+
+
 @pytest.fixture
 def cluster(bed: Fleet, api: Api) -> Iterator[Cluster]:
     """The fleet with the API server, for one test."""

@@ -5,29 +5,21 @@ from __future__ import annotations
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from bench.fleet import Daemon, Fleet, wait_for
-from bench.kubeapi import Api
+from bench.fleet import wait_for
 from bench.lab import in_namespace
-from tests.e2e.conftest import BURST, EGRESS, INGRESS, MBIT, RATE, SECONDS, Cluster, Pod, await_acting
+from tests.e2e.conftest import BURST, EGRESS, INGRESS, MBIT, RATE, SECONDS, Cluster, Pod
+
+pytestmark = pytest.mark.usefixtures("master")
 
 MIRROR = "kubernetes.io/config.mirror"
 HASH = "kubernetes.io/config.hash"
 LIMITED = ("Normal", "BandwidthLimited")
 UNLIMITED = ("Normal", "BandwidthUnlimited")
 INVALID = ("Warning", "BandwidthLimitInvalid")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def master(bed: Fleet, api: Api) -> Iterator[Daemon]:
-    daemon = bed.master("--kubeconfig", str(api.kubeconfig))
-    await_acting(daemon)
-    yield daemon
-    assert daemon.stop() == 0
 
 
 def item(pod: Pod) -> dict[str, Any]:

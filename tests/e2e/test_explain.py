@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
 
-from bench.fleet import CONTROL_ADDRESS, NODE_PORT, Daemon, Fleet, wait_for
+from bench.fleet import CONTROL_ADDRESS, NODE_PORT, Daemon, wait_for
 from bench.kubeapi import Api
 from bench.lab import BPFRL, in_namespace
 from tests.e2e.conftest import EGRESS, INGRESS, MBIT, ONE_API, SECONDS, Cluster, Pod, await_acting
 
-pytestmark = ONE_API
+pytestmark = [ONE_API, pytest.mark.usefixtures("master")]
 
 
 class Told(NamedTuple):
@@ -27,14 +26,6 @@ class Told(NamedTuple):
     def verdict(self) -> str:
         text: str = self.document["verdict"]["text"]
         return text
-
-
-@pytest.fixture(scope="module", autouse=True)
-def master(bed: Fleet, api: Api) -> Iterator[Daemon]:
-    daemon = bed.master("--kubeconfig", str(api.kubeconfig))
-    await_acting(daemon)
-    yield daemon
-    assert daemon.stop() == 0
 
 
 def command(cluster: Cluster, *arguments: str, certificates: str = "operator") -> subprocess.CompletedProcess[str]:

@@ -27,10 +27,10 @@ import pytest
 from bench.fleet import NODE_PORT, Daemon, Fleet, wait_for
 from bench.kubeapi import Api
 from bench.lab import BPFRL, in_namespace
-from tests.e2e.conftest import EGRESS, INGRESS, MBIT, ONE_API, SECONDS, Cluster, Pod, await_acting
+from tests.e2e.conftest import EGRESS, INGRESS, MBIT, ONE_API, SECONDS, Cluster, Pod
 from tests.measuring import unmeasured
 
-pytestmark = ONE_API
+pytestmark = [ONE_API, pytest.mark.usefixtures("master")]
 
 _NOBODY: Final = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 # Where this checkout is closed to others: root's files, and none of root's rights.
@@ -93,14 +93,6 @@ class Desk:
         done = self.list("-o", "json", *arguments)
         assert (done.returncode, done.stderr) == (0, "")
         return {item["name"]: item for item in json.loads(done.stdout)["items"]}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def master(bed: Fleet, api: Api) -> Iterator[Daemon]:
-    daemon = bed.master("--kubeconfig", str(api.kubeconfig))
-    await_acting(daemon)
-    yield daemon
-    assert daemon.stop() == 0
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypothesis import settings
 from hypothesis.configuration import set_hypothesis_home_dir
 
 from bpfrl.bpf import generator
+from bpfrl.rpc import authority
 
 # Nothing is left beside the sources; no run differs from the last; and how long a call takes says most about the
 # machine's other work.
@@ -53,3 +55,18 @@ def make(folder: Path) -> Path:
     """A folder, with those above it."""
     folder.mkdir(parents=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Certificates, made once."""
+    folder = tmp_path_factory.mktemp("certs")
+    authority.init(folder, 30)
+    return folder
+
+
+@pytest.fixture
+def pki(made: Path, tmp_path: Path) -> Path:
+    """An authority of this test's own."""
+    shutil.copytree(made, tmp_path / "pki")
+    return tmp_path / "pki"

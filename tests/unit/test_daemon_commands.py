@@ -19,7 +19,7 @@ import bpfrl.node.daemon
 from bpfrl import cgroup
 from bpfrl.cli import cli
 from bpfrl.node.daemon import Monitoring
-from bpfrl.rpc import authority, corelog, tls
+from bpfrl.rpc import corelog, tls
 
 pytestmark = pytest.mark.usefixtures("logs", "settings")
 
@@ -56,20 +56,6 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Served]:
     monkeypatch.setattr(bpfrl.master.daemon, "serve", serve)
     monkeypatch.setattr(cgroup, "mount_point", lambda: Path("/sys/fs/cgroup"))
     return calls
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("certs")
-    authority.init(folder, 30)
-    return folder
-
-
-@pytest.fixture
-def pki(made: Path, tmp_path: Path) -> Path:
-    """An authority of this test's own."""
-    shutil.copytree(made, tmp_path / "pki")
-    return tmp_path / "pki"
 
 
 def run(*arguments: str | Path) -> Result:

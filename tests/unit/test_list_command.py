@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -133,20 +132,6 @@ def serving(node: Node, certificates: tls.Certificates | None = None) -> Iterato
 def node() -> Iterator[Node]:
     with serving(Node()) as served:
         yield served
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("certs")
-    authority.init(folder, 30)
-    return folder
-
-
-@pytest.fixture
-def pki(made: Path, tmp_path: Path) -> Path:
-    """An authority of this test's own."""
-    shutil.copytree(made, tmp_path / "pki")
-    return tmp_path / "pki"
 
 
 @pytest.fixture
