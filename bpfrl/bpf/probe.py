@@ -6,6 +6,7 @@ namespace of its own that nobody else is in.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -42,6 +43,10 @@ _SOME_RATE: Final = 1_000_000
 _STORAGE: Final = MapShape(MapType.SK_STORAGE, 4, 4, 0, _NO_PREALLOC)
 _RESULT: Final = MapShape(MapType.ARRAY, 4, 8, 1, 0)
 _NOT_RUN: Final = 1
+
+
+class UntriedError(BpfrlError):
+    """What is around this process keeps a probe from being tried; that says nothing of the kernel."""
 
 
 class Feature(NamedTuple):
@@ -183,6 +188,8 @@ def _links() -> None:
     try:
         folder.mkdir()
     except OSError as error:
+        if error.errno == errno.EROFS:
+            raise UntriedError("the cgroups are read-only here") from error
         raise _refused("make a cgroup to try it on", error) from error
     try:
         with ExitStack() as stack:

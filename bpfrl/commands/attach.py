@@ -11,6 +11,7 @@ from bpfrl import cgroup
 from bpfrl.bpf import generator
 from bpfrl.commands import completing
 from bpfrl.commands.options import FOLDER, LocalNode, limit_options, limiting, pod_options
+from bpfrl.commands.progress import patience
 from bpfrl.errors import CgroupNotFoundError, InvalidValueError
 from bpfrl.limits import Limits, PodRef
 
@@ -96,7 +97,8 @@ def _find(node: LocalNode, pod: PodRef | None, path: Path | None, wait: float) -
         return _limitable(path)
     if pod:
         try:
-            return node.tree().wait(pod.uid, wait)
+            with patience(f"waiting for the cgroup of pod {pod.uid}..."):
+                return node.tree().wait(pod.uid, wait)
         except CgroupNotFoundError as error:
             raise CgroupNotFoundError(f"{error} (--wait waits for it)") from error
     raise click.UsageError("which pod? use --pod-uid UID, or --cgroup PATH for a cgroup that is no pod")

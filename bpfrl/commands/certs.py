@@ -9,6 +9,7 @@ import click
 
 from bpfrl.commands import completing
 from bpfrl.commands.options import FOLDER, cluster_options
+from bpfrl.commands.progress import patience
 
 _namespace_option: Final = click.option(
     "-n",
@@ -97,5 +98,7 @@ def certs_apply(namespace: str, days: int, renew: bool, kubeconfig: Path | None,
         finally:
             await client.close()  # type: ignore[no-untyped-call]
 
-    for name, made in asyncio.run(keep()):
+    with patience("looking at the cluster's certificates..."):
+        kept = asyncio.run(keep())
+    for name, made in kept:
         click.echo(f"secret/{name} {'made' if made else 'kept'}")

@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 
 _THIS_MACHINE: Final = "this machine"
 _DEFAULT_NAMESPACE: Final = "default"
+# Nothing is sent; a port is only part of what to connect to.
+_ANY_PORT: Final = 9
 _UNIMPLEMENTED: Final = "UNIMPLEMENTED"
 
 
@@ -313,14 +315,14 @@ class _Daemon:
 
 
 def _is_own(address: str) -> bool:
-    """True for an address of this machine: nothing can be bound to another."""
+    """True for an address of this machine: the kernel takes that itself as the source of what is sent there."""
     try:
-        [(family, *_, target), *_] = socket.getaddrinfo(address, 0, type=socket.SOCK_DGRAM)
-        with socket.socket(family, socket.SOCK_DGRAM) as bound:
-            bound.bind(target)
+        [(family, *_, target), *_] = socket.getaddrinfo(address, _ANY_PORT, type=socket.SOCK_DGRAM)
+        with socket.socket(family, socket.SOCK_DGRAM) as connected:
+            connected.connect(target)
+            return bool(connected.getsockname()[0] == target[0])
     except OSError:
         return False
-    return True
 
 
 def _without_address(request: Request) -> str:

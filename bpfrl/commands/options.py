@@ -63,12 +63,22 @@ def _parse_pod_name(text: str) -> tuple[str, str]:
     return namespace, name
 
 
+def _check_name(host: str, refusal: str) -> None:
+    """Refuse what can be nobody's name: asking for its address would end otherwise than for one that is not known."""
+    try:
+        host.encode("idna")
+    except UnicodeError as error:
+        raise InvalidValueError(refusal) from error
+
+
 def _parse_endpoint(text: str) -> str:
     """HOST:PORT, with an IPv6 address in brackets; without a host, every address."""
     host, separator, port = text.rpartition(":")
+    refusal = f"'{text}' is no address to listen on: write it as HOST:PORT, [::1]:PORT or :PORT"
     bracketed = host.startswith("[") and host.endswith("]")
     if not (separator and _PORT.fullmatch(port) and int(port) < 2**16) or (":" in host and not bracketed):
-        raise InvalidValueError(f"'{text}' is no address to listen on: write it as HOST:PORT, [::1]:PORT or :PORT")
+        raise InvalidValueError(refusal)
+    _check_name(host, refusal)
     return f"{host or '[::]'}:{port}"
 
 
@@ -99,6 +109,7 @@ def _parse_node(text: str) -> NodeAddress:
             IPv6Address(host)
         except AddressValueError as error:
             raise InvalidValueError(refusal) from error
+    _check_name(host, refusal)
     in_range = not separator or (_PORT.fullmatch(port) and 0 < int(port) < 2**16)
     if not _HOST.fullmatch(host) or not in_range:
         raise InvalidValueError(refusal)

@@ -11,11 +11,10 @@ import msgspec
 from bpfrl.errors import ApiError, ClusterError
 from bpfrl.findings import Finding, Mark
 from bpfrl.master import api
-from bpfrl.master.leader import LEASE
+from bpfrl.master.leader import LEASE, own_namespace
 
 _SECONDS: Final = 10.0
 _REVIEWS: Final = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
-_NAMESPACE: Final = "kube-system"
 _SERVER: Final = "API server"
 _RBAC: Final = "RBAC"
 
@@ -28,13 +27,14 @@ class _Right(NamedTuple):
     name: str = ""
 
 
-# What bpfrl serve-master asks of the API server. A Lease that is not there yet has no name to be allowed by.
-_RIGHTS: Final = (
-    *(_Right(verb, "pods") for verb in ("get", "list", "watch")),
-    *(_Right(verb, "events") for verb in ("create", "patch")),
-    _Right("create", "leases", "coordination.k8s.io", _NAMESPACE),
-    *(_Right(verb, "leases", "coordination.k8s.io", _NAMESPACE, LEASE) for verb in ("get", "update")),
-)
+def _wanted(namespace: str) -> list[_Right]:
+    """What bpfrl serve-master asks of the API server. A Lease that is not there yet has no name to be allowed by."""
+    return [
+        *(_Right(verb, "pods") for verb in ("get", "list", "watch")),
+        *(_Right(verb, "events") for verb in ("create", "patch")),
+        _Right("create", "leases", "coordination.k8s.io", namespace),
+        *(_Right(verb, "leases", "coordination.k8s.io", namespace, LEASE) for verb in ("get", "update")),
+    ]
 
 
 class _Version(msgspec.Struct, rename="camel"):
@@ -58,7 +58,7 @@ async def cluster(kubeconfig: Path | None, context: str | None) -> list[Finding]
                 return [await _version(api.Api(client)), await _rights(api.Api(client))]
             finally:
                 await client.close()  # type: ignore[no-untyped-call]
-    except (ApiError, ClusterError, TimeoutError) as error:
+    except (ApiError, ClusterError, TimeoutError, msgspec.MsgspecError) as error:
         reason = str(error) or f"no answer within {_SECONDS:.0f} s"
         return [Finding(_SERVER, Mark.MISSING, (reason,), "see that kubectl reaches it with the same kubeconfig")]
 
@@ -70,13 +70,14 @@ async def _version(server: api.Api) -> Finding:
 
 
 async def _rights(server: api.Api) -> Finding:
+    namespace = own_namespace()
     try:
-        lacking = [right for right in _RIGHTS if not await _allowed(server, right)]
+        lacking = [right for right in _wanted(namespace) if not await _allowed(server, right)]
     except ApiError as error:
         return Finding(_RBAC, Mark.WARNING, (f"not known: {error}",))
     if lacking:
         found = ", ".join(f"{right.verb} {right.resource}" for right in lacking)
-        advice = "give the master's ServiceAccount these rights; only serve-master needs them"
+        advice = f"give the master these rights, and its Lease's in {namespace}; only serve-master needs them"
         return Finding(_RBAC, Mark.MISSING, (f"may not: {found}",), advice)
     return Finding(_RBAC, Mark.OK, ("may do what a master does: pods, events, its Lease",))
 

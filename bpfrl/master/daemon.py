@@ -10,7 +10,6 @@ import uuid
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from bpfrl.bpf import generator
 from bpfrl.master.controller import Controller
@@ -20,9 +19,6 @@ from bpfrl.rpc import tls
 from bpfrl.rpc.client import NodeClient
 
 log = logging.getLogger(__name__)
-
-_SERVICE_ACCOUNT_NAMESPACE: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-_DEFAULT_NAMESPACE: Final = "kube-system"
 
 
 @dataclass(frozen=True)
@@ -93,7 +89,7 @@ async def serve(settings: Settings) -> None:
             controller = Controller(connect, recorder, settings.resync, observer)
             work = [apiserver.PodWatch(server, controller, observer).run(), recorder.run()]
             if settings.leader_elect:
-                namespace = settings.lease_namespace or _own_namespace()
+                namespace = settings.lease_namespace or leader.own_namespace()
                 leadership = leader.Leadership(client, namespace, identity, settings.lease_duration)
                 stack.push_async_callback(leadership.release)
                 work.append(leadership.run(controller.run))
@@ -129,10 +125,3 @@ async def _monitor(settings: Settings, stack: AsyncExitStack) -> Observer:
     metrics = MasterMetrics(settings.certificates, settings.max_nodes_in_metrics)
     await stack.enter_async_context(monitoring.serving(settings.http, metrics))
     return metrics
-
-
-def _own_namespace() -> str:
-    try:
-        return _SERVICE_ACCOUNT_NAMESPACE.read_text().strip() or _DEFAULT_NAMESPACE
-    except OSError:
-        return _DEFAULT_NAMESPACE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, Final
 
 import aiohttp
@@ -18,11 +19,21 @@ from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
 log = logging.getLogger(__name__)
 
 LEASE: Final = "bpfrl-master"
+_SERVICE_ACCOUNT_NAMESPACE: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+_DEFAULT_NAMESPACE: Final = "kube-system"
 # client-go's proportions: 15 s, 10 s and 2 s.
 _RENEW_SHARE: Final = 2 / 3
 _RETRY_SHARE: Final = 2 / 15
 # What the client's election takes at least.
 _SHORTEST_RETRY_SECONDS: Final = 1.0
+
+
+def own_namespace() -> str:
+    """Where the Lease is unless somebody says otherwise: in the namespace of the pod around this process, if any."""
+    try:
+        return _SERVICE_ACCOUNT_NAMESPACE.read_text().strip() or _DEFAULT_NAMESPACE
+    except OSError:
+        return _DEFAULT_NAMESPACE
 
 
 class _Lock(LeaseLock):

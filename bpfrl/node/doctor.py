@@ -30,7 +30,10 @@ _BTF: Final = Path("/sys/kernel/btf/vmlinux")
 _STATUS: Final = Path("/proc/self/status")
 _OLDEST_KERNEL: Final = (5, 12)
 # linux/capability.h
-_CAPABILITIES: Final = {"CAP_DAC_READ_SEARCH": 2, "CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21, "CAP_BPF": 39}
+# linux/capability.h. CAP_SYS_ADMIN stands for CAP_BPF and CAP_PERFMON; it alone lets see others' programs.
+_CAPABILITIES: Final = {"CAP_DAC_READ_SEARCH": 2, "CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21}
+# To see the network namespaces of pods' processes.
+_TO_ADOPT: Final = {"CAP_SYS_PTRACE": 19}
 _SCRATCH: Final = "doctor"
 _TOOL_SECONDS: Final = 5.0
 _AS_ROOT: Final = "run bpfrl as root"
@@ -62,11 +65,16 @@ def checks(agent: Agent, tree: Callable[[], CgroupTree]) -> Iterator[tuple[str, 
 def privileges() -> Finding:
     """What this process may do."""
     [held] = [line.split()[1] for line in _STATUS.read_text().splitlines() if line.startswith("CapEff:")]
-    absent = [name for name, bit in _CAPABILITIES.items() if not int(held, 16) >> bit & 1]
+    absent, unseeing = (
+        [name for name, bit in wanted.items() if not int(held, 16) >> bit & 1] for wanted in (_CAPABILITIES, _TO_ADOPT)
+    )
     user = "root" if os.geteuid() == 0 else f"user {os.geteuid()}"
     if absent:
         return Finding("privileges", Mark.MISSING, (f"{user}, without {', '.join(absent)}",), _AS_ROOT)
-    return Finding("privileges", Mark.OK, (f"{user}, with {', '.join(_CAPABILITIES)}",))
+    if unseeing:
+        advice = "without it, connections that are older than a limit are not paced"
+        return Finding("privileges", Mark.WARNING, (f"{user}, without {', '.join(unseeing)}",), advice)
+    return Finding("privileges", Mark.OK, (f"{user}, with {', '.join((*_CAPABILITIES, *_TO_ADOPT))}",))
 
 
 def kernel() -> Finding:
@@ -162,6 +170,8 @@ def kernel_feature(feature: Feature) -> Finding:
         feature.probe()
     except PermissionDeniedError as error:
         return Finding(feature.name, mark, (f"not tried: {error}",), _AS_ROOT)
+    except probe.UntriedError as error:
+        return Finding(feature.name, Mark.WARNING, (f"not tried: {error}",), "run bpfrl doctor on the machine itself")
     except BpfrlError as error:
         return Finding(feature.name, mark, (str(error),), f"Linux {feature.since} has it, for {feature.purpose}")
     return Finding(feature.name, Mark.OK, (f"works, for {feature.purpose}",))

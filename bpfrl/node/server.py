@@ -108,6 +108,8 @@ class NodeService(NodeServicer):
         self._observer = observer
         self._refusals = explain.Refusals()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="agent")
+        # Who only looks, which may mean at every socket of the node, keeps nobody from being limited.
+        self._looker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="explain")
 
     async def Attach(  # noqa: N802 - gRPC's names
         self, request_iterator: _Requests, context: _Context
@@ -173,7 +175,9 @@ class NodeService(NodeServicer):
         async with self._answering(context, "explain"):
             uid = messages.to_uid(request.uid)
             refusal = self._refusals.of(uid)
-            return messages.from_report(await self._do(explain.examine, self._agent, self._tree, uid, refusal))
+            loop = asyncio.get_running_loop()
+            report = await loop.run_in_executor(self._looker, explain.examine, self._agent, self._tree, uid, refusal)
+            return messages.from_report(report)
 
     async def tend(self) -> None:
         """Remove what no running pod needs any more, and have the pods cooperate, or not."""
@@ -186,6 +190,7 @@ class NodeService(NodeServicer):
     def close(self) -> None:
         """Finish what is being done, and take nothing more."""
         self._worker.shutdown()
+        self._looker.shutdown()
 
     def _tend_cooperation(self) -> None:
         if self._cooperate:

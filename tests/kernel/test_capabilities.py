@@ -6,6 +6,7 @@ runtime does it, by the bounding set, and mounts and process numbers by namespac
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 from collections.abc import Awaitable, Callable, Sequence
@@ -25,6 +26,7 @@ from bpfrl.rpc.client import NodeClient
 from bpfrl.units import Rate
 from tests.kernel.conftest import UNPACED, Side, cooperation, entries, flowing, only, peer_end, pod_end, until
 from tests.kernel.test_service import Daemon, program
+from tests.measuring import unmeasured
 from tools.manifests import objects
 
 MBIT: Final = 10**6
@@ -112,9 +114,23 @@ def everything(bed: Lab, node: Daemon, sender: Side) -> None:
     assert (found.pod.uid, found.limits, found.adopted) == (bed.pod_uid, FAST, True)
     assert found.egress.passed_bytes > 0
     assert bed.pod_uid in scrape(node)
+    report = node.call(lambda client: client.explain(bed.pod_uid))
+    assert {program.name for program in report.programs} >= {"bpfrl_egress", "bpfrl_sockops", "bpfrl_cooperate"}
+    assert report.sockets
+    assert report.sockets.known
     assert node.call(lambda client: client.detach(bed.pod_uid)) is Change.DETACHED
     until(lambda: pacing(sender) == float("inf"))
     assert node.call(lambda client: client.list()) == []
+
+
+def test_the_doctor_finds_nothing_missing_there(bed: Lab) -> None:
+    places = {"BPFRL_BPFFS": str(bed.bpffs), "BPFRL_CGROUP_ROOT": str(bed.cgroup_root)}
+    command = [*contained(bed, CAPABILITIES), BPFRL, "doctor", "-o", "json"]
+    done = subprocess.run(command, env=unmeasured() | places, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    rows = {row["name"]: row for row in json.loads(done.stdout)["checks"]}
+    assert rows["privileges"]["mark"] == "ok"
+    assert rows["cgroup links"]["mark"] == "warning"
 
 
 def warnings(node: Daemon) -> list[str]:

@@ -184,10 +184,11 @@ def test_counting_leaves_nothing_behind(bed: Lab) -> None:
     limit(bed, "--rate", "10mbit")
     peer_end(bed).listen(7000)
     connect(pod_end(bed), peer_end(bed), PEER_ADDRESS, 0)
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
         report(bed)
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    # Fewer are none of its doing: channels of earlier tests close some time later.
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_a_broken_limiter_says_what_is_wrong(bed: Lab) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from bpfrl import __version__
 from bpfrl.errors import ClusterError
 from bpfrl.explanation import Report
 from bpfrl.findings import Finding, Mark
-from bpfrl.master import api
+from bpfrl.master import api, leader
 from bpfrl.master import checks as cluster_checks
 from bpfrl.rpc import authority, checks, tls
 from tests.unit import test_client
@@ -177,8 +177,11 @@ def test_a_node_that_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPa
 class Server:
     """An API server that allows all but some, or answers with a status."""
 
-    def __init__(self, denied: tuple[str, ...] = (), status: dict[str, int] | None = None) -> None:
+    def __init__(
+        self, denied: tuple[str, ...] = (), status: dict[str, int] | None = None, garbage: Sequence[str] = ()
+    ) -> None:
         self.denied = denied
+        self.garbage = garbage
         self.status = status or {}
         self.asked: list[dict[str, str]] = []
 
@@ -197,6 +200,8 @@ class Server:
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         if code := self.status.get(request.path):
             return web.json_response({"message": "played"}, status=code)
+        if request.path in self.garbage:
+            return web.Response(body=b"<html>\xff", content_type="text/html")
         if request.path == "/version":
             return web.json_response({"gitVersion": "v1.99.0"})
         review = json.loads(await request.text())
@@ -238,6 +243,22 @@ def test_rights_that_cannot_be_asked_for_are_not_known(monkeypatch: pytest.Monke
 def test_an_api_server_that_refuses_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     [found] = Server(status={"/version": 401}).look(monkeypatch)
     assert (found.name, found.mark, "401" in found.found[0]) == ("API server", MISSING, True)
+
+
+@pytest.mark.parametrize("path", ["/version", cluster_checks._REVIEWS])
+def test_something_that_is_no_api_server_is_missing(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    [found] = Server(garbage=[path]).look(monkeypatch)
+    assert (found.name, found.mark) == ("API server", MISSING)
+
+
+def test_the_lease_is_looked_for_where_a_master_of_this_pod_has_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "namespace").write_text("bandwidth\n")
+    monkeypatch.setattr(leader, "_SERVICE_ACCOUNT_NAMESPACE", tmp_path / "namespace")
+    server = Server()
+    server.look(monkeypatch)
+    assert [each["namespace"] for each in server.asked if each["resource"] == "leases"] == ["bandwidth"] * 3
 
 
 @pytest.mark.parametrize("error", [ClusterError("no cluster to watch"), TimeoutError()])

@@ -53,8 +53,9 @@ def raising(error: Exception) -> Callable[..., Any]:
     [
         ("000001ffffffffff", OK, ""),
         ("000001fffeffffff", OK, ""),  # CAP_SYS_RESOURCE, which nothing needs
-        ("0000000000000000", MISSING, "CAP_DAC_READ_SEARCH, CAP_NET_ADMIN, CAP_SYS_ADMIN, CAP_BPF"),
-        ("0000017fffffffff", MISSING, "CAP_BPF"),
+        ("0000000000000000", MISSING, "CAP_DAC_READ_SEARCH, CAP_NET_ADMIN, CAP_SYS_ADMIN"),
+        ("000001fffff7ffff", WARNING, "CAP_SYS_PTRACE"),
+        ("0000000000281004", OK, ""),  # what the chart gives
     ],
 )
 def test_capabilities_count_and_not_the_user(
