@@ -220,7 +220,7 @@ def test_a_running_flow_follows_each_change_of_its_limit_and_detach_lets_it_go(b
     limit(bed, "--egress", "10mbit")
     server = bed.start(bed.in_peer("iperf3", "-s", "-1"))
     wait_for_listener(bed.peer_namespace, 5201)
-    flow = bed.start(bed.in_pod("iperf3", "-c", PEER_ADDRESS, "-t", "8"))
+    flow = bed.start(bed.in_pod("iperf3", "-c", PEER_ADDRESS, "-t", "14"))
     time.sleep(1)
 
     def rate_now() -> float:
@@ -237,7 +237,7 @@ def test_a_running_flow_follows_each_change_of_its_limit_and_detach_lets_it_go(b
     time.sleep(0.3)
     assert 5e6 < rate_now() < 12e6
     bed.bpfrl("detach", "--pod-uid", bed.pod_uid)
-    flow.communicate(timeout=20)
+    flow.communicate(timeout=30)
     report, _ = server.communicate(timeout=10)
     received = [line for line in report.splitlines() if line.rstrip().endswith("receiver")]
     assert "Gbits/sec" in received[0], "after detach the flow went on at its old pace"
