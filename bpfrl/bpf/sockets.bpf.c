@@ -81,16 +81,21 @@ int bpfrl_adopt(struct bpf_iter__tcp *context)
 	return 0;
 }
 
+/* What a socket carries where the cgroup's limiter has set something on it, else NULL. */
+static __always_inline struct bpfrl_socket *owned(struct tcp_sock *tcp)
+{
+	struct bpfrl_socket *socket = tcp ? bpf_sk_storage_get(&sockets, tcp, NULL, 0) : NULL;
+
+	return socket && socket->owner == visit.cgroup ? socket : NULL;
+}
+
 SEC("iter/tcp")
 int bpfrl_release(struct bpf_iter__tcp *context)
 {
 	struct tcp_sock *tcp = visited(context);
-	struct bpfrl_socket *socket;
+	struct bpfrl_socket *socket = owned(tcp);
 
-	if (!tcp)
-		return 0;
-	socket = bpf_sk_storage_get(&sockets, tcp, NULL, 0);
-	if (!socket || socket->owner != visit.cgroup)
+	if (!socket)
 		return 0;
 	socket->fair = 0;
 	release_sender(tcp, tcp, socket);
@@ -121,12 +126,9 @@ SEC("iter/tcp")
 int bpfrl_count(struct bpf_iter__tcp *context)
 {
 	struct tcp_sock *tcp = visited(context);
-	struct bpfrl_socket *socket;
+	struct bpfrl_socket *socket = owned(tcp);
 
-	if (!tcp)
-		return 0;
-	socket = bpf_sk_storage_get(&sockets, tcp, NULL, 0);
-	if (!socket || socket->owner != visit.cgroup)
+	if (!socket)
 		return 0;
 	visit.done++;
 	if (socket->pacing)
