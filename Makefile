@@ -4,8 +4,10 @@
 demo: install
 	.venv/bin/python -m bench.demo
 
+# Two at a time; then those that measure traffic, alone. Both halves run, also when the first has failed.
 test: install
-	.venv/bin/pytest
+	.venv/bin/pytest -m "not measures" --numprocesses=2 --dist=worksteal --junitxml=build/tests.xml; first=$$?; \
+	.venv/bin/pytest -m measures --junitxml=build/measures.xml && exit $$first
 
 lint: install
 	.venv/bin/ruff format --check .

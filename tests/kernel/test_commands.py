@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 import uuid
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -361,7 +363,7 @@ def test_without_root(bed: Lab, tmp_path: Path, mode: int) -> None:
     (tmp_path / "cache").mkdir()
     tmp_path.chmod(0o777)
     (tmp_path / "cache").chmod(0o777)
-    for folder in tmp_path.parents[:2]:
+    for folder in takewhile(lambda folder: folder != Path(tempfile.gettempdir()), tmp_path.parents):
         folder.chmod(0o755)
     environment = unmeasured() | {
         "BPFRL_BPFFS": str(bed.bpffs),

@@ -16,7 +16,9 @@ import pytest
 from bench.lab import PEER_ADDRESS, PEER_ADDRESS_6, POD_ADDRESS, Lab, lab, wait_for_listener
 from bpfrl.bpf import law
 from bpfrl.units import Rate
-from tests.kernel.conftest import UNPACED, Flows, connect, detach, limit, only, peer_end, pod_end
+from tests.kernel.conftest import MEASURES, UNPACED, Flows, connect, detach, limit, only, peer_end, pod_end
+
+pytestmark = MEASURES
 
 # So much ahead may be who sends alone without being paced (ALONE_TOLERANCE_NS).
 ALONE_SECONDS = 0.1

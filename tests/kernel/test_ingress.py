@@ -14,6 +14,7 @@ import pytest
 from bench.lab import PEER_ADDRESS, POD_ADDRESS, POD_ADDRESS_6, Lab, far_address, lab
 from bench.traffic import jain
 from tests.kernel.conftest import (
+    MEASURES,
     SYN,
     Capture,
     Counted,
@@ -31,10 +32,14 @@ from tests.kernel.conftest import (
     until,
 )
 
+pytestmark = MEASURES
+
 MBIT = 10**6
 COUNTRY, OCEAN = range(2)
 # 1448 of 1500 byte are payload; the round-trip time of 20 ms and the run's ends make the rest.
 FULL = 0.85
+# A machine that pauses for longer than a round trip has a sender probe with a packet that was not lost (RFC 8985).
+FEW = 3
 MEGABYTE = 2**20
 # Its kind among TCP's options (RFC 7323).
 WINDOW_SCALE = 3
@@ -65,7 +70,7 @@ def test_at_20_ms_a_flow_fills_the_limit_and_loses_nothing(far: Lab, address: st
     rates(receiver, 0.5)
     [rate] = rates(receiver, 2)
     assert FULL < rate / 20e6 < 1
-    assert sender.each("retransmits") == [0]
+    assert sender.each("retransmits")[0] <= FEW
     assert Counted.now(far, "ingress").dropped_packets == 0
 
 
@@ -79,7 +84,9 @@ def test_a_flow_from_far_away_has_the_share_of_one_from_nearby(far: Lab) -> None
     found = rates(receivers, 3)
     assert max(found) < 1.5 * min(found)
     assert FULL < sum(found) / 20e6 < 1
-    assert near[0].each("retransmits") + distant[0].each("retransmits") == [0, 0]
+    assert near[0].each("retransmits")[0] <= FEW
+    assert distant[0].each("retransmits")[0] <= FEW
+    assert Counted.now(far, "ingress").dropped_packets == 0
 
 
 @pytest.mark.parametrize(

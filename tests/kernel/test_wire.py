@@ -13,7 +13,9 @@ import pytest
 
 from bench import wire
 from bench.lab import Lab, far_address, lab
-from tests.kernel.conftest import Flows
+from tests.kernel.conftest import MEASURES, Flows
+
+pytestmark = MEASURES
 
 RTTS = (1, 20, 80)
 LAN, COUNTRY, OCEAN = range(3)
