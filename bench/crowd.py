@@ -206,9 +206,7 @@ class _Crowd:
         return key
 
 
-def _pod(
-    namespace: str, name: str, uid: str, node: int, annotations: dict[str, str], *, running: bool
-) -> standin.Json:
+def _pod(namespace: str, name: str, uid: str, node: int, annotations: dict[str, str], *, running: bool) -> standin.Json:
     """A pod of a Deployment, as long as they usually are without what tells who manages which field."""
     conditions = ("Ready", "Initialized", "ContainersReady", "PodScheduled")
     container = {

@@ -1,8 +1,8 @@
 """How a master fares in a large cluster: ``make bench-scale``, or ``python -m bench.scale --help``.
 
-The master is the real command, with TLS. The API server is the stand-in with a crowd in it (:mod:`bench.crowd`), and the
-nodes are one process that speaks the protocol (:mod:`bench.light`); all of it is in a network namespace whose addresses
-are all local. There nftables makes nodes unreachable: half of them refuse connections, the others swallow them.
+The master is the real command, with TLS. The API server is the stand-in with a crowd in it (:mod:`bench.crowd`), and
+the nodes are one process that speaks the protocol (:mod:`bench.light`); all of it is in a network namespace whose
+addresses are all local. There nftables makes nodes unreachable: half of them refuse connections, the others swallow them.
 
 A change is told when its node has received the call. What counts is the time from when the API server has committed
 it, by one clock.
@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Final
 
 import click
-import msgspec
 
 from bench import machine, scale_page
 from bench.converge import Spread
@@ -183,7 +182,9 @@ def _delay(change: Change, calls: Sequence[Call]) -> float | None:
         (
             max(0.0, call.at - change.at)
             for call in calls
-            if call.at >= change.at and ((call.verb == "detach") is deleted) and (deleted or call.egress >= change.egress)
+            if call.at >= change.at
+            and ((call.verb == "detach") is deleted)
+            and (deleted or call.egress >= change.egress)
         ),
         None,
     )

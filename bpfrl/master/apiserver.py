@@ -15,7 +15,7 @@ import asyncio
 import logging
 import random
 import urllib.parse
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Set
 from typing import Final, Protocol, TypeVar
 
 import aiohttp
@@ -54,11 +54,11 @@ _GONE: Final = 410
 class Sink(Protocol):
     """Whoever wants to know the pods."""
 
-    def replace(self, pods: list[Pod], *, complete: bool = True) -> None:
-        """These are all pods; complete: and there are no others that could not be read."""
-
     def put(self, pod: Pod) -> None:
         """This pod is new, or has changed."""
+
+    def keep(self, uids: Set[str], *, complete: bool = True) -> None:
+        """All pods have been put, and have these UIDs; complete: and there are no others that could not be read."""
 
     def remove(self, uid: str) -> None:
         """The pod with this UID (the API's) is no more."""
@@ -90,8 +90,8 @@ _pods: Final = msgspec.json.Decoder(RawPod)
 _failures: Final = msgspec.json.Decoder(_Failure)
 
 
-async def list_pods(api: Api, namespace: str = "", labels: str = "") -> tuple[list[Pod], str]:
-    """All scheduled pods, in pages, and the version of that state.
+async def list_pods(api: Api, namespace: str = "", labels: str = "") -> list[Pod]:
+    """All scheduled pods.
 
     Args:
         api: the API server.
@@ -101,16 +101,20 @@ async def list_pods(api: Api, namespace: str = "", labels: str = "") -> tuple[li
     Raises:
         ApiError: no answer, or a refusal: of a malformed selector with the status 400.
     """
+    return [pod async for pods, _ in _pages(api, namespace, labels) for pod in pods]
+
+
+async def _pages(api: Api, namespace: str = "", labels: str = "") -> AsyncIterator[tuple[list[Pod], str]]:
+    """All scheduled pods as they were at one moment, page by page, and the version of that state."""
     path = f"/api/v1/namespaces/{urllib.parse.quote(namespace, safe='')}/pods" if namespace else _PODS
     query = {"fieldSelector": _SCHEDULED, "limit": str(_PAGE)} | ({"labelSelector": labels} if labels else {})
-    pods: list[Pod] = []
     while True:
         timeout = aiohttp.ClientTimeout(total=_LIST_SECONDS, sock_connect=_CONNECT_SECONDS)
         async with api.request("GET", path, query, timeout=timeout) as response:
             page = _decode(_lists, await response.read())
-        pods.extend(pod for raw in page.items if (pod := _read(raw)))
+        yield [pod for raw in page.items if (pod := _read(raw))], page.metadata.resource_version
         if not page.metadata.more:
-            return pods, page.metadata.resource_version
+            return
         query["continue"] = page.metadata.more
 
 
@@ -135,8 +139,7 @@ class PodWatch:
         """One list or one watch; returns how long to wait before the next, s."""
         try:
             if not self._version:
-                pods, self._version = await list_pods(self._api)
-                self._sink.replace(pods)
+                self._version = await self._list()
                 self._observer.listed()
                 log.info("watching pods from version %s", self._version)
             started = asyncio.get_running_loop().time()
@@ -155,6 +158,18 @@ class PodWatch:
         if not said_something and asyncio.get_running_loop().time() - started < _SHORT_SECONDS:
             return self._backoff.delay()
         return 0.0
+
+    async def _list(self) -> str:
+        """Tell the sink of all pods, a page at a time so that others come in between; returns their version."""
+        uids: set[str] = set()
+        listed = ""
+        async for pods, version in _pages(self._api):
+            for pod in pods:
+                self._sink.put(pod)
+            uids.update(pod.uid for pod in pods)
+            listed = version
+        self._sink.keep(uids)
+        return listed
 
     async def _watch(self) -> bool:
         """Tell the sink of changes until the server ends the watch; False if there was nothing at all."""

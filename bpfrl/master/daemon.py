@@ -10,15 +10,20 @@ import uuid
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from bpfrl.bpf import generator
 from bpfrl.master.controller import Controller
 from bpfrl.master.events import Recorder
 from bpfrl.master.observer import UNOBSERVED, Observer
 from bpfrl.rpc import tls
-from bpfrl.rpc.client import NodeClient
+from bpfrl.rpc.client import Connections, NodeClient
 
 log = logging.getLogger(__name__)
+
+# All of the nodes of most clusters, in 100 MB. Beyond that, a node that was started anew may be noticed only when there
+# is something to tell it, or at the next resync.
+_IDLE_CONNECTIONS: Final = 1_000
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,10 @@ async def serve(settings: Settings) -> None:
     # Two masters of one node's network have its name, and both may be process 1.
     identity = f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}"
 
+    connections = Connections(_IDLE_CONNECTIONS)
+
     def connect(address: str) -> NodeClient:
-        return observer.client(address, settings.node_port, settings.certificates)
+        return observer.client(address, settings.node_port, settings.certificates, connections)
 
     async with AsyncExitStack() as stack:
         observer = await _monitor(settings, stack)

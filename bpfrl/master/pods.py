@@ -6,6 +6,7 @@ Most pods of a cluster have no limits, and there are many of them: what is kept 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from typing import Final
 
@@ -66,7 +67,8 @@ class Pod(msgspec.Struct, frozen=True, gc=False):
         limits: what it asks for; None: nothing, or it has run to its end.
         problem: why its annotations cannot be meant, "" if they can.
         ended: it has run to its end.
-        created: when, as the API server says it; later ones sort later.
+        created: when, as the API server says it; later ones sort later. "" but for static pods, of which several may
+            claim one cgroup.
     """
 
     uid: str
@@ -88,7 +90,9 @@ def read(raw: RawPod) -> Pod:
     metadata = raw.metadata
     marks: Mapping[str, str] = metadata.annotations or {}
     uid = _cgroup_uid(metadata.uid, marks)
-    ref = PodRef(uid, metadata.namespace, metadata.name)
+    # Many pods have these in common.
+    namespace, node, address = map(sys.intern, (metadata.namespace, raw.spec.node_name or "", raw.status.host_ip or ""))
+    ref = PodRef(uid, namespace, metadata.name)
     limits, problem = None, ""
     ended = raw.status.phase in _ENDED
     if not ended:
@@ -99,12 +103,12 @@ def read(raw: RawPod) -> Pod:
     return Pod(
         uid=metadata.uid,
         ref=ref,
-        node=raw.spec.node_name or "",
-        address=raw.status.host_ip or "",
+        node=node,
+        address=address,
         limits=limits,
         problem=problem,
         ended=ended,
-        created=metadata.creation_timestamp,
+        created=metadata.creation_timestamp if uid != metadata.uid else "",
     )
 
 

@@ -143,7 +143,6 @@ def names(certificate: x509.Certificate) -> list[str]:
 
 def server_credentials(certificates: Certificates) -> grpc.ServerCredentials:
     """What a node listens with: the peer needs a certificate of the same authority."""
-
     shown = certificates.current()
 
     def configuration(bundle: Bundle) -> grpc.ServerCertificateConfiguration:

@@ -159,11 +159,11 @@ def test_the_list_asks_for_scheduled_pods_in_pages() -> None:
     first = {"fieldSelector": "spec.nodeName!=", "limit": "500"}
     assert play.asked[:3] == [first, first | {"continue": "page-2"}, first | {"continue": "page-3"}]
     # The sink is told once, of all of them.
-    assert play.sink.told == [("replace", [uid_of(number) for number in (1, 2, 3, 4)], True)]
+    assert play.sink.told == [("keep", [uid_of(number) for number in (1, 2, 3, 4)], True)]
     assert play.kinds == ["list", "list", "list", "watch 7"]
 
 
-def test_a_list_that_breaks_off_tells_nothing_and_is_begun_again() -> None:
+def test_a_list_that_breaks_off_takes_nobody_away_and_is_begun_again() -> None:
     pauses, play = turns(
         2,
         listing("7", a_pod(1), more="page-2"),
@@ -173,7 +173,7 @@ def test_a_list_that_breaks_off_tells_nothing_and_is_begun_again() -> None:
     )
     assert pauses[0] > 0
     assert "continue" not in play.asked[2]
-    assert play.sink.told == [("replace", [uid_of(2)], True)]
+    assert play.sink.told == [("put", uid_of(1)), ("keep", [uid_of(2)], True)]
     assert play.kinds[-1] == "watch 9"
 
 
@@ -183,12 +183,12 @@ def test_a_page_that_has_expired_begins_the_list_again() -> None:
     )
     assert pauses == [0.0, 0.0]
     assert play.kinds == ["list", "list", "list", "watch 9"]
-    assert play.sink.told == [("replace", [uid_of(2)], True)]
+    assert play.sink.told == [("keep", [uid_of(2)], True)]
 
 
 def test_an_empty_cluster_is_told_of_too() -> None:
     _, play = turns(1, listing("7"), lines(bookmark("8")))
-    assert play.sink.told == [("replace", [], True)]
+    assert play.sink.told == [("keep", [], True)]
 
 
 @pytest.mark.parametrize("text", [b"", b"<html>", b"[]", b'{"items": []}', b'{"metadata": {}, "items": [1]}', b"\xff"])
@@ -264,7 +264,7 @@ def test_a_pod_that_cannot_be_is_left_out_and_others_are_not(caplog: pytest.LogC
         lines(event("ADDED", a_pod(4, "8", name="No Name")), event("ADDED", a_pod(5, "9")), bookmark("10")),
         lines(bookmark("11")),
     )
-    assert play.sink.told == [("replace", [uid_of(1), uid_of(3)], True), ("put", uid_of(5))]
+    assert play.sink.told == [("keep", [uid_of(1), uid_of(3)], True), ("put", uid_of(5))]
     assert play.kinds[-1] == "watch 10"
     assert [record.message.split(" is left out")[0] for record in caplog.records if "left out" in record.message] == [
         "pod shop/cart-2",
@@ -315,7 +315,7 @@ def test_a_version_that_is_too_old_is_listed_anew_at_once_and_then_after_growing
     # A watch that has said something makes the next time the first.
     assert pauses[3:] == [0.0, 0.0]
     assert play.kinds == [*("list", "watch 7", "list", "watch 8", "list", "watch 9", "list", "watch 10", "watch 11")]
-    assert play.sink.told[-1] == ("replace", [uid_of(4)], True)
+    assert play.sink.told[-1] == ("keep", [uid_of(4)], True)
 
 
 @pytest.mark.parametrize("place", ["list", "watch"])
@@ -366,7 +366,7 @@ def test_what_fails_is_watched_again_from_the_last_version_after_growing_pauses(
     assert pauses[0] == pauses[4] == 0.0
     assert 0.1 <= pauses[1] <= 0.2 <= pauses[2] <= 0.4 <= pauses[3] <= 0.8
     assert play.kinds == ["list", "watch 7", *["watch 8"] * 4]
-    assert play.sink.told == [("replace", [], True), ("put", uid_of(1))]
+    assert play.sink.told == [("keep", [], True), ("put", uid_of(1))]
 
 
 def test_what_came_before_a_failure_counts(caplog: pytest.LogCaptureFixture) -> None:

@@ -40,6 +40,7 @@ from tests.unit.fakes import (
     run,
     running,
     silent,
+    tell_all,
     uid_of,
     until,
 )
@@ -110,7 +111,7 @@ def test_pods_are_told_and_a_master_is_ready_when_it_knows_them() -> None:
         assert await bed.metrics.unready() == "the pods have not been told yet"
         await bed.tells(synced=0, leader=0, pods=0)
         pods = [make_pod(1, SLOW), make_pod(2, SLOW), make_pod(3), make_pod(4, problem="annotation x: no")]
-        bed.controller.replace(pods)
+        tell_all(bed.controller, pods)
         # Whether it leads or not.
         assert await bed.metrics.unready() == ""
         await bed.tells(synced=1, leader=0, pods=4, pods_limited=2, pods_invalid=1, nodes=1, queue_length=0)
@@ -127,7 +128,7 @@ def test_pods_are_told_and_a_master_is_ready_when_it_knows_them() -> None:
 def test_only_who_acts_leads() -> None:
     async def calls() -> None:
         bed = Bed()
-        bed.controller.replace([])
+        tell_all(bed.controller, [])
         await bed.tells(leader=0)
         async with running(bed.controller.run()):
             await bed.tells(leader=1)
@@ -147,7 +148,7 @@ def test_the_queue_has_what_is_to_be_done() -> None:
 
         node = bed.nodes["192.0.2.1"] = Node()
         node.meanwhile = wait
-        bed.controller.replace([make_pod(number, SLOW) for number in range(20)])
+        tell_all(bed.controller, [make_pod(number, SLOW) for number in range(20)])
         async with running(bed.controller.run()):
             await bed.tells(queue_length=20, pods_awaited=0, pods_retrying=0)
             gate.set()
@@ -167,7 +168,7 @@ def test_what_failed_waits_to_be_tried_again(monkeypatch: pytest.MonkeyPatch) ->
         bed = Bed()
         node = bed.nodes["192.0.2.1"] = Node()
         node.meanwhile = refusing("attach", "FAILED_PRECONDITION")
-        bed.controller.replace([make_pod(1, SLOW)])
+        tell_all(bed.controller, [make_pod(1, SLOW)])
         async with running(bed.controller.run()):
             await bed.tells(queue_length=0, pods_retrying=1)
             bed.controller.remove(uid_of(1))
@@ -181,7 +182,7 @@ def test_pods_of_a_node_that_does_not_answer_are_in_the_queue() -> None:
         bed = Bed()
         node = bed.nodes["192.0.2.1"] = Node()
         node.meanwhile = silent("list", 10**6)
-        bed.controller.replace([make_pod(number, SLOW) for number in range(3)])
+        tell_all(bed.controller, [make_pod(number, SLOW) for number in range(3)])
         async with running(bed.controller.run()):
             await until(lambda: len(node.calls) > 2)
             await bed.tells(queue_length=3)
@@ -209,7 +210,7 @@ def test_a_change_takes_from_when_it_is_known_to_when_it_is_in_force() -> None:
                 await asyncio.sleep(0.1)
 
         node.meanwhile = slowly
-        bed.controller.replace([make_pod(1, SLOW)])
+        tell_all(bed.controller, [make_pod(1, SLOW)])
         async with running(bed.controller.run()):
             changes: tuple[Callable[[], None], ...] = (
                 lambda: None,  # what was known when it began
@@ -239,7 +240,7 @@ def test_a_failure_is_part_of_how_long_it_takes() -> None:
         bed = Bed()
         node = bed.nodes["192.0.2.1"] = Node()
         node.meanwhile = refusing("attach", "INTERNAL", 3)
-        bed.controller.replace([make_pod(1, SLOW)])
+        tell_all(bed.controller, [make_pod(1, SLOW)])
         async with running(bed.controller.run()):
             await until(lambda: reconciled(bed)[0] == 1)
             assert node.verbs() == ["attach"] * 4
@@ -252,7 +253,7 @@ def test_waiting_for_a_cgroup_is_the_kubelets_time() -> None:
         bed = Bed()
         node = bed.nodes["192.0.2.1"] = Node()
         node.absent.add(uid_of(1))
-        bed.controller.replace([make_pod(1, SLOW)])
+        tell_all(bed.controller, [make_pod(1, SLOW)])
         async with running(bed.controller.run()):
             await until(lambda: node.waiting)
             node.absent.clear()
@@ -270,7 +271,7 @@ def test_what_was_known_before_a_master_leads_is_due_from_then_on() -> None:
         bed = Bed()
         node = bed.nodes["192.0.2.1"] = Node()
         node.give(2, SLOW)
-        bed.controller.replace([make_pod(1, SLOW), make_pod(2, SLOW)])
+        tell_all(bed.controller, [make_pod(1, SLOW), make_pod(2, SLOW)])
         await asyncio.sleep(0.3)
         async with running(bed.controller.run()):
             # The other one was in force already.

@@ -17,7 +17,7 @@ from bpfrl.limits import Limits, PodRef
 from bpfrl.master import nodes as module
 from bpfrl.master.backoff import Backoff
 from bpfrl.master.events import Reason
-from bpfrl.master.nodes import Has, NodeWorker, Verb, Want, decide
+from bpfrl.master.nodes import Has, NodeWorker, Turns, Verb, Want, decide
 from bpfrl.units import Rate
 from tests.unit.fakes import (
     BUILD,
@@ -117,7 +117,7 @@ class Played:
     def __init__(self, is_orphan: Callable[[str], bool] = lambda _: True, resync: float = 3600.0) -> None:
         self.node = Node()
         self.told = Told()
-        self.worker = NodeWorker(self.node, self.told, resync, is_orphan)
+        self.worker = NodeWorker(self.node, self.told, resync, is_orphan, Turns())
 
     def want(self, number: int, limits: Limits | None, *, lives: bool = True) -> str:
         """Want these limits for the pod with this number; returns its UID."""
