@@ -129,6 +129,15 @@ class _Nodes(node_pb2_grpc.NodeServicer):
         self.totals.lists += 1
         return node_pb2.ListReply(limiters=self.has[_address(context)].values())
 
+    async def Explain(  # noqa: N802
+        self,
+        request: node_pb2.ExplainRequest,  # noqa: ARG002
+        context: _Context,
+    ) -> node_pb2.ExplainReply:
+        """Not asked for by masters."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "these nodes explain nothing")
+        raise RuntimeError("the call has ended")
+
     def _note(self, verb: str, address: str, uid: str, limits: node_pb2.Limits | None) -> None:
         egress = limits.egress_bits_per_second if limits else 0
         self.calls.append(Call(verb, address, uid, egress, time.monotonic()))
@@ -212,7 +221,7 @@ class LightNodes:
 async def _serve(certificates: Path, port: int) -> None:
     nodes = _Nodes()
     server = grpc.aio.server(options=_OPTIONS)
-    node_pb2_grpc.add_NodeServicer_to_server(nodes, server)  # type: ignore[no-untyped-call]
+    node_pb2_grpc.add_NodeServicer_to_server(nodes, server)
     server.add_secure_port(f"0.0.0.0:{port}", tls.server_credentials(tls.Certificates(certificates, tls.NODE)))
     await server.start()
     commands = asyncio.StreamReader()

@@ -2,7 +2,8 @@
 
 The master is the real command, with TLS. The API server is the stand-in with a crowd in it (:mod:`bench.crowd`), and
 the nodes are one process that speaks the protocol (:mod:`bench.light`); all of it is in a network namespace whose
-addresses are all local. There nftables makes nodes unreachable: half of them refuse connections, the others swallow them.
+addresses are all local. There nftables makes nodes unreachable: half of them refuse connections, the others swallow
+them.
 
 A change is told when its node has received the call. What counts is the time from when the API server has committed
 it, by one clock.
@@ -29,6 +30,7 @@ from bench.crowd import NODE_NETWORK, Change, Crowd, Size, address_of
 from bench.fleet import CONTROL_ADDRESS, NODE_PORT, Daemon, Fleet, fleet, wait_for
 from bench.lab import in_namespace, run
 from bench.light import Call, LightNodes
+from bench.run import Places, make_page
 from bench.scale_page import MEBI, Churned, Measured, Results
 
 SIZES: Final = (Size(50), Size(500), Size(5000))
@@ -37,9 +39,6 @@ _SEED: Final = 1
 # One limit takes milliseconds of this machine, and a large cluster has 30,000.
 _PATIENCE_SECONDS: Final = 300.0
 _SHARE_UNREACHABLE: Final = 0.1
-_POLL_SECONDS: Final = 0.1
-# After the last limit, what is left over of the rush ends.
-_SETTLE_SECONDS: Final = 3.0
 # The relist comes when so much of the time is over.
 _RELIST_AFTER: Final = 0.2
 _FIREWALL: Final = """\
@@ -60,12 +59,14 @@ class Spans:
     """How long each part lasts, s.
 
     Attributes:
+        settle: what is left over of the first rush ends.
         rest: nothing happens.
         churn: pods change.
         relist: they do, and the API server forgets its history.
         cut: they do, and some nodes are unreachable.
     """
 
+    settle: float = 3.0
     rest: float = 20.0
     churn: float = 20.0
     relist: float = 15.0
@@ -121,7 +122,8 @@ class Bed:
         """Nodes that nobody can reach, as long as the context lasts."""
         rules = _FIREWALL.format(port=NODE_PORT)
         for name, addresses in (("refusing", refusing), ("silent", silent)):
-            rules += f"add element inet unreachable {name} {{ {', '.join(addresses)} }}\n"
+            if addresses:
+                rules += f"add element inet unreachable {name} {{ {', '.join(addresses)} }}\n"
         self._nft(rules)
         try:
             yield
@@ -145,7 +147,7 @@ class Bed:
         return wait_for(lambda: self._listed() > lines, _PATIENCE_SECONDS, self.master.output)
 
     def _listed(self) -> int:
-        return self.master.output().count("watching pods from version")
+        return self.master.output().count(" pods listed\n")
 
     def _delays(self, changes: Sequence[Change]) -> list[float | None]:
         """How long each change took to its node, s; None: it has not come."""
@@ -210,7 +212,7 @@ def measure(size: Size, spans: Spans, seed: int = _SEED) -> Measured:
         built = Bed(bed.tag, api, nodes, bed.master(*options))
         converged = built.converge()
         converging_cpu = built.master.cpu()
-        time.sleep(_SETTLE_SECONDS)
+        time.sleep(spans.settle)
         peak, steady = built.master.peak() / MEBI, built.memory()
         nodes.calls()
         resting = built.rest(spans.rest)
@@ -268,7 +270,7 @@ def main(nodes: tuple[int, ...], seed: int, output: Path | None, report_only: bo
             click.echo(found[-1], err=True)
         Results(facts, _command(nodes, seed), _RATE, found).save(output or scale_page.FIGURES)
     if output is None:
-        for place in scale_page.refresh():
+        for place in (scale_page.FIGURES, *make_page(Places.under(None))):
             click.echo(place)
 
 

@@ -21,9 +21,9 @@ from bpfrl.rpc.client import Connections, NodeClient
 
 log = logging.getLogger(__name__)
 
-# All of the nodes of most clusters, in 100 MB. Beyond that, a node that was started anew may be noticed only when there
+# All of the nodes of most clusters, in 50 MB. Beyond that, a node that was started anew may be noticed only when there
 # is something to tell it, or at the next resync.
-_IDLE_CONNECTIONS: Final = 1_000
+_IDLE_CONNECTIONS: Final = 500
 
 
 @dataclass(frozen=True)

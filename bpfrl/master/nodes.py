@@ -249,9 +249,7 @@ class NodeWorker:
         """Ask the node if need be, start what is to be done, and wait until there is something new."""
         if self._found is None and not await self._ask():
             return
-        changed, self._changed = self._changed, set()
-        for uid in changed:
-            self._start(uid)
+        self._start_all()
         try:
             async with asyncio.timeout_at(self._resync_at):
                 await self._wake.wait()
@@ -309,6 +307,11 @@ class NodeWorker:
         if want is None and not self._is_orphan(uid):
             return None
         return decide(want, (self._found or {}).get(uid), self._build)
+
+    def _start_all(self) -> None:
+        changed, self._changed = self._changed, set()
+        for uid in changed:
+            self._start(uid)
 
     def _start(self, uid: str) -> None:
         # What is on its way looks again when it ends, and what has failed when its pause is over.

@@ -92,7 +92,8 @@ class NodeClient:
         self._certificates = certificates
         self._connection: _Connection | None = None
         self._connections = connections
-        self._made_again = asyncio.Event()
+        self._saved = False  # there is no connection for want of use
+        self._made_again: asyncio.Future[None] | None = None  # what waits for another one then
 
     async def attach(self, pod: PodRef, limits: Limits, image: bytes, build: bytes, wait: float = 0) -> Change:
         """Give a pod a limiter.
@@ -161,13 +162,18 @@ class NodeClient:
         That is when the connection to it is gone, or has never been; one that was closed here for want of use tells
         nothing, so then it is when another has been made.
         """
+        await self._ended()
+        if self._saved:
+            self._made_again = asyncio.get_running_loop().create_future()
+            await self._made_again
+
+    async def _ended(self) -> None:
+        """Return when the connection is gone. Nothing of it is held any more then."""
         connection = self._connection
         # What is closed by us cannot be asked any more.
         with suppress(grpc.aio.UsageError):
             while connection and connection.channel.get_state() is grpc.ChannelConnectivity.READY:
                 await connection.channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
-        if connection and connection.unused:
-            await self._made_again.wait()
 
     async def close(self) -> None:
         """Close the connection, when its last call has ended."""
@@ -183,9 +189,7 @@ class NodeClient:
 
     async def _save(self) -> None:
         """Do without the connection until there is something to ask."""
-        if self._connection:
-            self._connection.unused = True
-            self._made_again.clear()
+        self._saved = True
         await self._retire()
 
     @asynccontextmanager
@@ -197,7 +201,9 @@ class NodeClient:
         if self._connection is None or bundle != self._connection.bundle:
             await self._retire()
             self._connection = _Connection(self._connect(bundle), bundle)
-            self._made_again.set()
+            self._saved = False
+            if self._made_again and not self._made_again.done():
+                self._made_again.set_result(None)
         connection = self._connection
         connection.calls += 1
         if self._connections:
@@ -236,7 +242,6 @@ class _Connection:
         self.bundle = bundle
         self.calls = 0
         self.retired = False
-        self.unused = False
 
     async def close_if_done(self) -> None:
         if self.retired and not self.calls:

@@ -155,7 +155,11 @@ def server_credentials(certificates: Certificates) -> grpc.ServerCredentials:
         before, shown = shown, certificates.current()
         return configuration(shown) if shown != before else None
 
-    return grpc.dynamic_ssl_server_credentials(configuration(shown), changed, require_client_authentication=True)
+    return grpc.dynamic_ssl_server_credentials(
+        configuration(shown),
+        changed,  # type: ignore[arg-type] # None is allowed, and the types do not know
+        require_client_authentication=True,
+    )
 
 
 def channel_credentials(bundle: Bundle) -> grpc.ChannelCredentials:

@@ -15,6 +15,7 @@ from prometheus_client.samples import Sample
 from bpfrl.bpf import generator
 from bpfrl.errors import RefusedError, UnreachableError
 from bpfrl.limits import Change
+from bpfrl.master import controller as controller_module
 from bpfrl.master import events
 from bpfrl.master import nodes as nodes_module
 from bpfrl.master.api import Api
@@ -23,7 +24,7 @@ from bpfrl.master.controller import Controller
 from bpfrl.master.events import Reason, Recorder
 from bpfrl.master.metrics import MasterMetrics
 from bpfrl.master.observer import Backlog, Census
-from bpfrl.rpc.client import NodeClient
+from bpfrl.rpc.client import Connections, NodeClient
 from tests.unit.fakes import (
     BUILD,
     FAST,
@@ -329,7 +330,7 @@ def test_each_call_is_timed_by_verb_and_result(
         before = time.time()
         for _ in range(2):
             with pytest.raises(type(error)) if error else nullcontext():
-                await VERBS[verb](metrics.client("192.0.2.1", 1, None))
+                await VERBS[verb](metrics.client("192.0.2.1", 1, None, Connections(1)))
         assert await scraped(metrics, "bpfrl_call_duration_seconds_count", verb=verb, result=result) == 2
         assert value(metrics, "bpfrl_node_reachable", node="node-192.0.2.1") == reachable
         assert value(metrics, "bpfrl_nodes_unreachable") == 1 - reachable
@@ -351,7 +352,7 @@ def test_a_real_call_to_nobody_is_unreachable() -> None:
         with socket.create_server(("127.0.0.1", 0)) as found:
             free = found.getsockname()[1]
         metrics = MasterMetrics(None, 10)
-        client = metrics.client("127.0.0.1", free, None)
+        client = metrics.client("127.0.0.1", free, None, Connections(1))
         with pytest.raises(UnreachableError):
             await client.list()
         await client.close()
@@ -369,7 +370,7 @@ def test_a_call_that_this_master_gives_up_says_nothing_of_the_node(monkeypatch: 
     async def calls() -> None:
         metrics = MasterMetrics(None, 10)
         metrics.attend(lambda: census("192.0.2.1"))
-        call = asyncio.ensure_future(VERBS["attach_wait"](metrics.client("192.0.2.1", 1, None)))
+        call = asyncio.ensure_future(VERBS["attach_wait"](metrics.client("192.0.2.1", 1, None, Connections(1))))
         await a_while()
         call.cancel()
         await asyncio.gather(call, return_exceptions=True)
@@ -409,10 +410,25 @@ def test_nodes_that_are_gone_are_forgotten_and_followers_tell_of_none() -> None:
         now[0] = census("192.0.2.2")
         await metrics.refresh()
         assert [sample.labels["node"] for sample in samples(metrics, "bpfrl_node_reachable")] == ["node-192.0.2.2"]
-        assert metrics._state.records.keys() == {"192.0.2.2"}
         now[0] = census("192.0.2.2", acting=False)
         await metrics.refresh()
         assert [name for name in NODE_METRICS if samples(metrics, name)] == []
+
+    run(calls())
+
+
+def test_nodes_that_are_gone_are_forgotten_by_a_master_that_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller_module, "_PRUNE_SECONDS", 0.02)
+
+    async def calls() -> None:
+        bed = Bed()
+        tell_all(bed.controller, [make_pod(1, SLOW), make_pod(2, SLOW, node="node-2", address="192.0.2.2")])
+        for number in (1, 2):
+            bed.metrics.called(f"192.0.2.{number}", "list", "OK", 0.1)
+        async with running(bed.controller.run()):
+            await until(lambda: len(bed.nodes["192.0.2.2"].has) == 1)
+            bed.controller.remove(uid_of(2))
+            await until(lambda: bed.metrics._state.records.keys() == {"192.0.2.1"})
 
     run(calls())
 
