@@ -14,6 +14,7 @@ It adds to the stand-in's paths:
 from __future__ import annotations
 
 import asyncio
+import gc
 import ipaddress
 import random
 import ssl
@@ -349,6 +350,8 @@ def main(address: str, port: int, tls_cert: Path, tls_key: Path, token: str, see
     # What is lost with this process is not wanted again.
     store = standin.Store(Path("/dev/null"), _HISTORY)
     crowd = _Crowd(store, Size(nodes), seed)
+    # The real one does not stop for tenths of a second to look for garbage.
+    gc.freeze()
     asyncio.run(standin.run(_Server(store, token, crowd), address, port, tls))
 
 

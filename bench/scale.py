@@ -268,7 +268,7 @@ def main(nodes: tuple[int, ...], seed: int, output: Path | None, report_only: bo
         for size in [Size(each) for each in nodes] or SIZES:
             found.append(measure(size, Spans(), seed))
             click.echo(found[-1], err=True)
-        Results(facts, _command(nodes, seed), _RATE, found).save(output or scale_page.FIGURES)
+            Results(facts, _command(nodes, seed), _RATE, found).save(output or scale_page.FIGURES)
     if output is None:
         for place in (scale_page.FIGURES, *make_page(Places.under(None))):
             click.echo(place)

@@ -1,6 +1,8 @@
 """A pod as the master sees it, from the API server's or a manifest's JSON.
 
-Most pods of a cluster have no limits, and there are many of them: what is kept of one is a few words.
+Most pods of a cluster have no limits, and there are many of them: what is kept of one is a few words. What is read
+refers to nothing that refers back, so it is none of the garbage collector's business (gc=False): to that, each of the
+pages of a long list would be a reason to look at everything that there is, which takes tenths of a second.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ _HASH: Final = re.compile(r"[0-9a-f]{32}", re.ASCII)
 _ENDED: Final = frozenset({"Succeeded", "Failed"})
 
 
-class Metadata(msgspec.Struct, rename="camel"):
+class Metadata(msgspec.Struct, rename="camel", gc=False):
     """What is read of a pod's metadata."""
 
     name: str = ""
@@ -35,20 +37,20 @@ class Metadata(msgspec.Struct, rename="camel"):
     labels: dict[str, str] | None = None
 
 
-class Spec(msgspec.Struct, rename="camel"):
+class Spec(msgspec.Struct, rename="camel", gc=False):
     """What is read of a pod's spec."""
 
     node_name: str | None = None
 
 
-class Status(msgspec.Struct, rename={"phase": "phase", "host_ip": "hostIP"}):
+class Status(msgspec.Struct, rename={"phase": "phase", "host_ip": "hostIP"}, gc=False):
     """What is read of a pod's status."""
 
     phase: str = ""
     host_ip: str | None = None
 
 
-class RawPod(msgspec.Struct):
+class RawPod(msgspec.Struct, gc=False):
     """What is read of a pod; all the rest is skipped, which is most of it."""
 
     metadata: Metadata
