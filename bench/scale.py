@@ -108,6 +108,8 @@ class Bed:
         if meanwhile:
             time.sleep(meanwhile)
             relisted = self._relist()
+        # Asking costs the machine something, too.
+        time.sleep(max(0.0, start + seconds - time.monotonic()))
         wait_for(lambda: not self._api.changes().running, 2 * seconds + _PATIENCE_SECONDS)
         cpu = (self.master.cpu() - cpu) / (time.monotonic() - start)
         left_out = {*without}
@@ -142,12 +144,16 @@ class Bed:
 
     def _relist(self) -> float:
         """Have the master list all pods again; how long that took, s."""
-        lines = self._listed()
-        self._api.compact()
-        return wait_for(lambda: self._listed() > lines, _PATIENCE_SECONDS, self.master.output)
+        with self.master.log.open("rb") as log:
+            log.seek(0, os.SEEK_END)
+            self._api.compact()
+            news = bytearray()
 
-    def _listed(self) -> int:
-        return self.master.output().count(" pods listed\n")
+            def listed() -> bool:
+                news.extend(log.read())
+                return b" pods listed\n" in news
+
+            return wait_for(listed, _PATIENCE_SECONDS, self.master.output)
 
     def _delays(self, changes: Sequence[Change]) -> list[float | None]:
         """How long each change took to its node, s; None: it has not come."""

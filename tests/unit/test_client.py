@@ -582,27 +582,38 @@ def test_a_node_is_reached_by_ipv6() -> None:
 # Certificates.
 
 
+_SERVER = """if True:
+    import asyncio, sys
+    from pathlib import Path
+    from bpfrl.rpc import tls
+    from tests.unit.test_client import Node, serving
+
+    async def run():
+        async with serving(Node(), tls.Certificates(Path(sys.argv[1]), tls.NODE)) as port:
+            print(port, flush=True)
+            await asyncio.to_thread(sys.stdin.read)
+
+    asyncio.run(run())
+"""
+
+
 def test_a_node_outlives_many_connections_at_once(pki: Path) -> None:
     """They are made on gRPC's own threads, and each asks for the certificates."""
-    script = """if True:
-        import asyncio, sys
-        from pathlib import Path
-        from bpfrl.rpc import tls
-        from bpfrl.rpc.client import NodeClient
-        from tests.unit.test_client import Node, serving
 
-        async def run(pki):
-            async with serving(Node(), tls.Certificates(pki / "node", tls.NODE)) as port:
-                master = tls.Certificates(pki / "master", tls.MASTER)
-                for _ in range(3):
-                    clients = [NodeClient("127.0.0.1", port, master) for _ in range(100)]
-                    await asyncio.gather(*(each.list() for each in clients))
-                    await asyncio.gather(*(each.close() for each in clients))
+    async def connect(port: int) -> None:
+        master = tls.Certificates(pki / "master", tls.MASTER)
+        for _ in range(8):
+            clients = [NodeClient("127.0.0.1", port, master) for _ in range(100)]
+            await asyncio.gather(*(each.list() for each in clients))
+            await asyncio.gather(*(each.close() for each in clients))
 
-        asyncio.run(run(Path(sys.argv[1])))
-    """
-    done = subprocess.run([sys.executable, "-c", script, str(pki)], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    command = [sys.executable, "-c", _SERVER, str(pki / "node")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout
+        port = int(server.stdout.readline())
+        asyncio.run(connect(port))
+        server.communicate(timeout=30)
+    assert server.returncode == 0
 
 
 @pytest.fixture(scope="module")
