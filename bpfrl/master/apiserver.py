@@ -223,7 +223,8 @@ class PodWatch:
                 self._apply(_decode(_events, line))
                 self._observer.heard()
                 said_something = True
-                self._backoff.reset()
+                if not self._listing:
+                    self._backoff.reset()
         return said_something
 
     def _apply(self, event: _Event) -> None:

@@ -237,6 +237,23 @@ def test_a_page_that_has_expired_begins_the_list_again() -> None:
     assert play.sink.told[-1] == ("keep", [uid_of(2)], True)
 
 
+def test_pauses_grow_while_lists_break_off_although_watches_tell_something() -> None:
+    def broken() -> tuple[Step, ...]:
+        watched = lines(event("MODIFIED", a_pod(5, "8")), pause=1)
+        return listing("7", a_pod(1), more="page-2"), page(late(refusal(500))), watched
+
+    def late(step: Step) -> Step:
+        async def answer(request: web.BaseRequest) -> web.StreamResponse:
+            await asyncio.sleep(0.1)
+            return await step(request)
+
+        return answer
+
+    pauses, play = turns(4, *broken(), *broken(), *broken(), *broken())
+    assert ("put", uid_of(5)) in play.sink.told
+    assert pauses[3] > 2 * pauses[0]
+
+
 def test_an_empty_cluster_is_told_of_too() -> None:
     _, play = turns(1, listing("7"), lines(bookmark("8")))
     assert play.sink.told == [("keep", [], True)]
