@@ -253,7 +253,10 @@ def measure(size: Size, spans: Spans, seed: int = _SEED) -> Measured:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option(
-    "--nodes", type=click.IntRange(min=10), multiple=True, help="Only a cluster of so many nodes; may be repeated."
+    "--nodes",
+    type=click.IntRange(min=10),
+    multiple=True,
+    help="Only a cluster of so many nodes; may be repeated. What there is of others is kept.",
 )
 @click.option("--seed", type=int, default=_SEED, show_default=True, help="What changes follow from.")
 @click.option(
@@ -269,20 +272,20 @@ def main(nodes: tuple[int, ...], seed: int, output: Path | None, report_only: bo
             raise click.ClickException("this makes network namespaces: run it as root")
         # Ended from outside, everything is taken down as after Ctrl-C.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        facts = machine.describe()
-        found = []
+        facts, place = machine.describe(), output or scale_page.FIGURES
+        before = Results.load(place) if nodes else None
+        found = {each.nodes: each for each in before.measured} if before else {}
         for size in [Size(each) for each in nodes] or SIZES:
-            found.append(measure(size, Spans(), seed))
-            click.echo(found[-1], err=True)
-            Results(facts, _command(nodes, seed), _RATE, found).save(output or scale_page.FIGURES)
+            found[size.nodes] = measure(size, Spans(), seed)
+            click.echo(found[size.nodes], err=True)
+            Results(facts, _command(seed), _RATE, [found[each] for each in sorted(found)]).save(place)
     if output is None:
         for place in (scale_page.FIGURES, *make_page(Places.under(None))):
             click.echo(place)
 
 
-def _command(nodes: Sequence[int], seed: int) -> str:
-    words = ["python -m bench.scale", *(f"--nodes {each}" for each in nodes)]
-    return " ".join([*words, f"--seed {seed}"] if seed != _SEED else words)
+def _command(seed: int) -> str:
+    return "python -m bench.scale" + (f" --seed {seed}" if seed != _SEED else "")
 
 
 if __name__ == "__main__":

@@ -165,9 +165,11 @@ One master, as it runs in production: with TLS, watching an API server that hold
 are limited. The nodes are light: they speak the protocol and have no kernel behind it, all of them in one process. Pods
 change {rate} times a second: seven in ten changes are another rate, one a new pod, one a pod less, and one is nothing
 that matters here. A change is told when its node has received the call, and the time counts from when the API server
-has committed it. A relist is what comes after the API server has forgotten its history, while pods go on changing.
-Then half of a tenth of the nodes refuse connections and the other half do not answer, and pods go on changing. Master,
-API server and nodes share one machine's CPUs.
+has committed it. At rest nothing changes, and no node is due for its resync, which is a call to each every five
+minutes. A relist is what comes after the API server has forgotten its history, while pods go on changing: what has
+changed before the list begins is told when its page has come, and what changes later at once. Then half of a tenth of
+the nodes refuse connections and the other half do not answer, and pods go on changing. Master, API server and nodes
+share one machine's CPUs.
 
 {table}
 

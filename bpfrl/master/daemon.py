@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -27,6 +28,9 @@ log = logging.getLogger(__name__)
 _IDLE_CONNECTIONS: Final = 300
 # gRPC has a dozen threads that are rarely busy at once. With as many arenas, 5,000 nodes take 40 MB more.
 _ARENAS: Final = 2
+# With 150,000 pods, looking for garbage in all of memory takes 0.3 s, in which nothing else is done.
+_FREEZE_SECONDS: Final = 30.0
+_FREEZES: Final = 20
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ async def serve(settings: Settings) -> None:
         observer.attend(controller.census)
         stack.push_async_callback(controller.close)
 
-        tasks = [asyncio.create_task(each) for each in work]
+        tasks = [asyncio.create_task(each) for each in (*work, _spare_garbage_collection())]
         waiting = asyncio.create_task(stopped.wait())
         try:
             await asyncio.wait({waiting, *tasks}, return_when=asyncio.FIRST_COMPLETED)
@@ -124,6 +128,20 @@ async def serve(settings: Settings) -> None:
         for result in results:
             if isinstance(result, Exception):
                 raise result
+
+
+async def _spare_garbage_collection() -> None:
+    """Have Python look for garbage only in what is new, and in all that there is every ten minutes.
+
+    By itself it looks through everything each time when a quarter has been added, which in a master are pods, what is
+    known of nodes, and other things that stay. Few cycles ever become garbage here.
+    """
+    while True:
+        for _ in range(_FREEZES):
+            gc.freeze()
+            await asyncio.sleep(_FREEZE_SECONDS)
+        gc.unfreeze()
+        gc.collect()
 
 
 async def _monitor(settings: Settings, stack: AsyncExitStack) -> Observer:
