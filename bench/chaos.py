@@ -33,7 +33,6 @@ import click
 import msgspec
 
 from bench import machine
-from bench.converge import pid
 from bench.fleet import CONTROL_ADDRESS, COOPERATION_KINDS, LIMITER_KINDS, Daemon, Fleet, Node, fleet, wait_for
 from bench.kubeapi import Api, ApiError, RealApi, StandIn
 from bench.record import Machine
@@ -582,7 +581,7 @@ class Cluster:
         return self._owners[number] in self._uids
 
     def _uses(self) -> dict[str, Use]:
-        return {f"{name} {pid(daemon)}": _use(daemon) for name, daemon in self._daemons().items()}
+        return {f"{name} {daemon.pid}": _use(daemon) for name, daemon in self._daemons().items()}
 
     def _daemons(self) -> dict[str, Daemon]:
         masters = {f"master-{number}": master for number, master in enumerate(self.bed.masters)}
@@ -711,7 +710,7 @@ def _rates(limits: Limits) -> Rates:
 
 
 def _use(daemon: Daemon) -> Use:
-    status = Path(f"/proc/{pid(daemon)}/status").read_text().splitlines()
+    status = Path(f"/proc/{daemon.pid}/status").read_text().splitlines()
     [threads] = [int(line.split()[1]) for line in status if line.startswith("Threads:")]
     return Use(len(_descriptors(daemon)), threads)
 
@@ -719,7 +718,7 @@ def _use(daemon: Daemon) -> Use:
 def _descriptors(daemon: Daemon) -> list[str]:
     """What a daemon has open."""
     found = []
-    for path in Path(f"/proc/{pid(daemon)}/fd").iterdir():
+    for path in Path(f"/proc/{daemon.pid}/fd").iterdir():
         try:
             found.append(str(path.readlink()))
         except FileNotFoundError:  # closed meanwhile

@@ -346,7 +346,7 @@ class Cluster:
 
     def cpu(self) -> tuple[float, float]:
         """The CPU time that the master, and all nodes together, have used, s."""
-        return _cpu(self.master), sum(_cpu(node.daemon) for node in self.bed.nodes)
+        return self.master.cpu(), sum(node.daemon.cpu() for node in self.bed.nodes)
 
     def _dealt(self, number: int) -> Node:
         return self.bed.nodes[number % len(self.bed.nodes)]
@@ -614,29 +614,8 @@ def _events(block: bytes) -> Iterator[tuple[int, str]]:
         yield mask, block[place - length : place].rstrip(b"\0").decode()
 
 
-def pid(daemon: Daemon) -> int:
-    """The process's id.
-
-    Raises:
-        RuntimeError: it does not run.
-    """
-    if daemon.process is None:
-        raise RuntimeError("it does not run")
-    return daemon.process.pid
-
-
-def _cpu(daemon: Daemon) -> float:
-    # The command's name may hold spaces; behind its bracket, user and system time are the 12th and 13th.
-    fields = Path(f"/proc/{pid(daemon)}/stat").read_text().rpartition(")")[2].split()
-    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
-
-
 def _peak(daemon: Daemon) -> float:
-    """The most resident memory that it ever had, MiB."""
-    [kibi] = [
-        line.split()[1] for line in Path(f"/proc/{pid(daemon)}/status").read_text().splitlines() if "VmHWM" in line
-    ]
-    return round(int(kibi) * 1024 / _MEBI, 1)
+    return round(daemon.peak() / _MEBI, 1)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

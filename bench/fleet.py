@@ -91,12 +91,32 @@ class Daemon:
         self.process = None
         return status
 
-    def memory(self) -> int:
-        """Its resident memory, byte."""
+    @property
+    def pid(self) -> int:
+        """The process's id.
+
+        Raises:
+            RuntimeError: it does not run.
+        """
         if self.process is None:
             raise RuntimeError("it does not run")
-        pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
+        return self.process.pid
+
+    def memory(self) -> int:
+        """Its resident memory, byte."""
+        pages = Path(f"/proc/{self.pid}/statm").read_text().split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    def peak(self) -> int:
+        """The most resident memory that it ever had, byte."""
+        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+    def cpu(self) -> float:
+        """The CPU time that it has used, s."""
+        # The command's name may hold spaces; behind its bracket, user and system time are the 12th and 13th.
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
     def _end(self, number: signal.Signals) -> int:
         process, self.process = self.process, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Final, NamedTuple
@@ -46,7 +47,8 @@ _COLOURS: Final[dict[Limiter, str]] = {
     "cni": "#d4691c",
     "bucket": "#8250df",
 }
-_LINE: Final[dict[str, Any]] = {"color": _FAINT, "linestyle": (0, (4, 3)), "linewidth": 0.9, "zorder": 0}
+SERIES: Final = tuple(_COLOURS.values())
+LINE: Final[dict[str, Any]] = {"color": _FAINT, "linestyle": (0, (4, 3)), "linewidth": 0.9, "zorder": 0}
 # What a request takes on an idle machine differs by less than this: shorter waits are drawn here.
 _LEAST_WAIT: Final = 0.05
 # A limiter's points stand in columns that fill so much of the room between two places.
@@ -72,10 +74,15 @@ def write(results: Results, folder: Path) -> dict[Picture, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     places = {}
     for picture in _PICTURES:
-        with rc_context(_LOOK):
-            places[picture] = folder / picture.file
-            picture.draw(results).savefig(places[picture], metadata={"Date": None}, facecolor="white")
+        places[picture] = folder / picture.file
+        save(partial(picture.draw, results), places[picture])
     return places
+
+
+def save(draw: Callable[[], Figure], place: Path) -> None:
+    """Draw a figure as all of them look."""
+    with rc_context(_LOOK):
+        draw().savefig(place, metadata={"Date": None}, facecolor="white")
 
 
 def _egress(results: Results) -> Figure:
@@ -198,7 +205,7 @@ def _sharing(results: Results) -> Figure:
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.set_xticks([0, 0.5, 1])
         for share in (0.5, 1):
-            axes.axvline(share, **_LINE)
+            axes.axvline(share, **LINE)
         axes.tick_params(axis="y", length=0)
     patches = [Patch(color=_INK, label="at 20 ms"), Patch(color=_INK, alpha=0.45, label="at 80 ms")]
     figure.legend(handles=patches, loc="outside lower center", ncols=2, frameon=False)
@@ -225,18 +232,19 @@ def _wait(measured: Measured) -> float | None:
 def _as_shares(axes: Axes) -> None:
     axes.set_ylim(0, max(1.05, axes.get_ylim()[1]))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.axhline(1, **_LINE)
-    _grid(axes)
+    axes.axhline(1, **LINE)
+    grid(axes)
 
 
 def _as_waits(axes: Axes) -> None:
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} ms"))
     axes.minorticks_off()
-    _grid(axes)
+    grid(axes)
 
 
-def _grid(axes: Axes) -> None:
+def grid(axes: Axes) -> None:
+    """Faint lines behind what is drawn."""
     axes.grid(axis="y", color=_FAINT, alpha=0.25, linewidth=0.6)
     axes.set_axisbelow(True)
 

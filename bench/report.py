@@ -27,12 +27,12 @@ _ETHERNET: Final = 14
 _BEGIN: Final = "<!-- measured: written by bench/report.py -->"
 _END: Final = "<!-- end -->"
 _HEAD: Final = """\
-<!-- Made by bench/report.py from bench/results/latest.json: run `make bench`, do not edit. -->
+<!-- Made by bench/report.py from bench/results: run `make bench` or `make bench-scale`, do not edit. -->
 # Benchmarks
 
 bpfrl beside the CNI bandwidth plugin (tbf queues on the host's end of the veth and on an ifb device), a plain token
 bucket on the pod's cgroup, and no limit: measured by one command on one machine. The figures on this page, and what is
-said of them, are computed from that run.
+said of them, are computed from that run. [Large clusters](#large-clusters) are another one's.
 """
 
 _METHOD: Final = """\
@@ -80,8 +80,15 @@ As root on a quiet machine, in a clone of this repository:
 """
 
 
-def write(results: Results, path: Path, pictures: Mapping[Picture, Path]) -> None:
-    """Write the page, with the pictures shown in it."""
+def write(results: Results, path: Path, pictures: Mapping[Picture, Path], scale: str = "") -> None:
+    """Write the page, with the pictures shown in it.
+
+    Args:
+        results: of the datapath.
+        path: the page.
+        pictures: where they are.
+        scale: the section about large clusters, if there is one.
+    """
     parts = [
         _HEAD,
         summary.in_short(results),
@@ -94,13 +101,14 @@ def write(results: Results, path: Path, pictures: Mapping[Picture, Path]) -> Non
         overheads.throughput(results),
         overheads.programs(results),
         sections.first_second(results),
+        scale,
         _method(results),
         *sections.details(results),
         _machine(results),
         _REPEAT,
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n\n".join(part.strip() for part in parts) + "\n")
+    path.write_text("\n\n".join(part.strip() for part in parts if part) + "\n")
 
 
 def fill(results: Results, path: Path) -> None:

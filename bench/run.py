@@ -20,7 +20,7 @@ from typing import Final, NamedTuple, TypeVar
 
 import click
 
-from bench import cni, machine, plots, report, tables
+from bench import cni, machine, plots, report, scale_page, tables
 from bench.cost import COST_SECONDS, measure_cost
 from bench.plan import GROUPS, QUICK, Plan
 from bench.record import Case, Cost, FirstSecond, Group, Headroom, Results, Row, Run, read_before
@@ -185,6 +185,18 @@ def _load(path: Path) -> Results:
         raise click.ClickException(f"{path} is of another version: measure everything again") from error
 
 
+def make_page(places: Places) -> list[Path]:
+    """Make the page and its pictures from all that was measured; returns where everything is.
+
+    Raises:
+        click.ClickException: the figures are of other benchmarks than these.
+    """
+    results = _load(places.figures)
+    pictures = plots.write(results, places.pictures)
+    report.write(results, places.page, pictures, scale_page.write(places.pictures))
+    return [places.figures, places.page, *pictures.values()]
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option("--seconds", type=click.IntRange(min=1), help="Length of each run, without its beginning.")
 @click.option("--rates", callback=_parse_rates, help="The limits, as 1mbit,1gbit.")
@@ -225,13 +237,10 @@ def main(
         kept = _load(places.figures) if only and places.figures.exists() else None
         measured = Runner(plan, only or GROUPS, command).results()
         (kept.merged(measured) if kept else measured).save(places.figures)
-    results = _load(places.figures)
-    pictures = plots.write(results, places.pictures)
-    report.write(results, places.page, pictures)
-    if output is None:
-        report.fill(results, _COMPARISON)
-    for place in (places.figures, places.page, *pictures.values()):
+    for place in make_page(places):
         click.echo(place)
+    if output is None:
+        report.fill(_load(places.figures), _COMPARISON)
 
 
 def _command(

@@ -1,4 +1,4 @@
-"""The four system calls that bpfrl needs and Python 3.11 does not have."""
+"""What bpfrl needs of libc and Python 3.11 does not have: four system calls, and a setting of malloc."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 CLONE_NEWNET: Final = 0x40000000  # linux/sched.h
 MOUNT_NO_TRICKS: Final = 2 | 4 | 8  # linux/mount.h: MS_NOSUID, MS_NODEV, MS_NOEXEC
+_ARENA_MAX: Final = -8  # malloc.h: M_ARENA_MAX
 _FILEID_KERNFS: Final = 0xFE  # linux/exportfs.h
 
 
@@ -40,6 +41,16 @@ def open_kernfs(mounted: int, node: int) -> int:
     """Open a node of a kernfs, such as a cgroup, by its id (open_by_handle_at(2)). Raises OSError."""
     handle = _KernfsHandle(ctypes.sizeof(ctypes.c_uint64), _FILEID_KERNFS, node)
     return _check(_libc.open_by_handle_at(mounted, ctypes.byref(handle), os.O_RDONLY | os.O_CLOEXEC))
+
+
+def limit_arenas(most: int) -> None:
+    """Have all threads allocate from so many arenas at most (mallopt(3)); to be called before there are threads.
+
+    glibc gives each thread an arena of its own, up to eight a CPU, and what is free in one is of no use to the others.
+    A libc that has no arenas is left as it is.
+    """
+    if hasattr(_libc, "mallopt"):
+        _libc.mallopt(_ARENA_MAX, most)
 
 
 def _check(result: int) -> int:

@@ -26,6 +26,7 @@ from bpfrl.master.metrics import MasterMetrics
 from bpfrl.master.observer import Backlog, Census
 from bpfrl.node.agent import Agent
 from bpfrl.node.metrics import NodeMetrics
+from bpfrl.rpc.client import Connections
 from bpfrl.rpc.tls import Certificates
 from bpfrl.units import Rate
 
@@ -107,7 +108,7 @@ def master_registry() -> CollectorRegistry:
     metrics.attend(lambda: census)
 
     async def calls() -> None:
-        client: Any = metrics.client("192.0.2.1", 1, None)
+        client: Any = metrics.client("192.0.2.1", 1, None, Connections(1))
         for verb in ("attach", "attach_wait", "update", "detach", "list"):
             for error in (None, RefusedError("no", "NOT_FOUND"), UnreachableError("no answer")):
                 with suppress(RefusedError, UnreachableError):

@@ -1,8 +1,11 @@
 """Desired state from the API server: a list, then a watch, for ever.
 
-    list, in pages ──> watch from there ──> watch on from the last version seen ...
-          ^                    │
-          └─── 410: the version is too old to watch from
+    first page of a list ──> watch from there ──> watch on from the last version seen ...
+       ^              └────> the other pages, meanwhile
+       └─── 410: the version is too old to watch from
+
+All pages are of the moment of the first one, whose version begins the watch: what changes while a large cluster is
+listed is known at once, and a page does not bring back what the watch has told otherwise.
 
 A watch ends often: the server ends it after some minutes, restarts, or is silent for so long that it must be gone.
 Then it goes on from the last version that an event or a bookmark has named, without listing. Whatever else fails is
@@ -15,8 +18,8 @@ import asyncio
 import logging
 import random
 import urllib.parse
-from collections.abc import AsyncIterator
-from typing import Final, Protocol, TypeVar
+from collections.abc import AsyncIterator, Set
+from typing import Any, Final, Protocol, TypeVar
 
 import aiohttp
 import msgspec
@@ -49,16 +52,17 @@ _LONGEST_REQUESTED_SECONDS: Final = 120.0
 # A watch that ends sooner than this, with nothing said, is no way to go on without a pause.
 _SHORT_SECONDS: Final = 1.0
 _GONE: Final = 410
+_BOOKMARK: Final = "BOOKMARK"
 
 
 class Sink(Protocol):
     """Whoever wants to know the pods."""
 
-    def replace(self, pods: list[Pod], *, complete: bool = True) -> None:
-        """These are all pods; complete: and there are no others that could not be read."""
-
     def put(self, pod: Pod) -> None:
         """This pod is new, or has changed."""
+
+    def keep(self, uids: Set[str], *, complete: bool = True) -> None:
+        """All pods have been put, and have these UIDs; complete: and there are no others that could not be read."""
 
     def remove(self, uid: str) -> None:
         """The pod with this UID (the API's) is no more."""
@@ -90,8 +94,8 @@ _pods: Final = msgspec.json.Decoder(RawPod)
 _failures: Final = msgspec.json.Decoder(_Failure)
 
 
-async def list_pods(api: Api, namespace: str = "", labels: str = "") -> tuple[list[Pod], str]:
-    """All scheduled pods, in pages, and the version of that state.
+async def list_pods(api: Api, namespace: str = "", labels: str = "") -> list[Pod]:
+    """All scheduled pods.
 
     Args:
         api: the API server.
@@ -101,16 +105,20 @@ async def list_pods(api: Api, namespace: str = "", labels: str = "") -> tuple[li
     Raises:
         ApiError: no answer, or a refusal: of a malformed selector with the status 400.
     """
+    return [pod async for pods, _ in _pages(api, namespace, labels) for pod in pods]
+
+
+async def _pages(api: Api, namespace: str = "", labels: str = "") -> AsyncIterator[tuple[list[Pod], str]]:
+    """All scheduled pods as they were at one moment, page by page, and the version of that state."""
     path = f"/api/v1/namespaces/{urllib.parse.quote(namespace, safe='')}/pods" if namespace else _PODS
     query = {"fieldSelector": _SCHEDULED, "limit": str(_PAGE)} | ({"labelSelector": labels} if labels else {})
-    pods: list[Pod] = []
     while True:
         timeout = aiohttp.ClientTimeout(total=_LIST_SECONDS, sock_connect=_CONNECT_SECONDS)
         async with api.request("GET", path, query, timeout=timeout) as response:
             page = _decode(_lists, await response.read())
-        pods.extend(pod for raw in page.items if (pod := _read(raw)))
+        yield [pod for raw in page.items if (pod := _read(raw))], page.metadata.resource_version
         if not page.metadata.more:
-            return pods, page.metadata.resource_version
+            return
         query["continue"] = page.metadata.more
 
 
@@ -122,25 +130,27 @@ class PodWatch:
         self._sink = sink
         self._observer = observer
         self._version = ""
+        self._listing: asyncio.Task[None] | None = None
+        self._told: set[str] = set()  # UIDs that the watch has told of while a list goes on
         self._backoff = Backoff(_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
 
     async def run(self) -> None:
         """List and watch until cancelled."""
-        while True:
-            pause = await self._turn()
-            if pause:
-                await asyncio.sleep(pause)
+        try:
+            while True:
+                pause = await self._turn()
+                if pause:
+                    await asyncio.sleep(pause)
+        finally:
+            await _end(self._listing)
 
     async def _turn(self) -> float:
-        """One list or one watch; returns how long to wait before the next, s."""
+        """One watch, after a list has begun if need be; returns how long to wait before the next, s."""
         try:
             if not self._version:
-                pods, self._version = await list_pods(self._api)
-                self._sink.replace(pods)
-                self._observer.listed()
-                log.info("watching pods from version %s", self._version)
+                await self._begin_list()
             started = asyncio.get_running_loop().time()
-            said_something = await self._watch()
+            said_something = await self._watch_and_list()
         except ApiError as error:
             self._observer.api_failed(error.status)
             if error.status == _GONE:
@@ -155,6 +165,46 @@ class PodWatch:
         if not said_something and asyncio.get_running_loop().time() - started < _SHORT_SECONDS:
             return self._backoff.delay()
         return 0.0
+
+    async def _begin_list(self) -> None:
+        """Take the first page, and leave the others to a task."""
+        await _end(self._listing)
+        self._told = set()
+        pages = _pages(self._api)
+        first, version = await anext(pages)
+        self._listing = asyncio.create_task(self._list(first, pages))
+        self._version = version
+        log.info("watching pods from version %s", version)
+
+    async def _list(self, first: list[Pod], pages: AsyncIterator[tuple[list[Pod], str]]) -> None:
+        """Tell the sink of all pods, a page at a time so that others come in between."""
+        uids = self._put_all(first)
+        async for pods, _ in pages:
+            uids |= self._put_all(pods)
+        self._sink.keep(uids | self._told)
+        self._observer.listed()
+        log.info("%d pods listed", len(uids))
+
+    def _put_all(self, pods: list[Pod]) -> set[str]:
+        for pod in pods:
+            if pod.uid not in self._told:
+                self._sink.put(pod)
+        return {pod.uid for pod in pods}
+
+    async def _watch_and_list(self) -> bool:
+        """:meth:`_watch`, which ends when the list that goes on meanwhile fails."""
+        watching = asyncio.create_task(self._watch())
+        try:
+            if self._listing:
+                await asyncio.wait({watching, self._listing}, return_when=asyncio.FIRST_COMPLETED)
+                if self._listing.done():
+                    listing, self._listing = self._listing, None
+                    if listing.exception():
+                        self._version = ""
+                    listing.result()
+            return await watching
+        finally:
+            await _end(watching)
 
     async def _watch(self) -> bool:
         """Tell the sink of changes until the server ends the watch; False if there was nothing at all."""
@@ -173,7 +223,8 @@ class PodWatch:
                 self._apply(_decode(_events, line))
                 self._observer.heard()
                 said_something = True
-                self._backoff.reset()
+                if not self._listing:
+                    self._backoff.reset()
         return said_something
 
     def _apply(self, event: _Event) -> None:
@@ -181,6 +232,8 @@ class PodWatch:
             failure = _decode(_failures, event.object)
             raise ApiError(f"the API server ends the watch: {failure.message or failure.code}", failure.code)
         raw = _decode(_pods, event.object)
+        if self._listing and event.type != _BOOKMARK:
+            self._told.add(raw.metadata.uid)
         if event.type in ("ADDED", "MODIFIED"):
             if pod := _read(raw):
                 self._sink.put(pod)
@@ -188,6 +241,12 @@ class PodWatch:
             self._sink.remove(raw.metadata.uid)
         # Only now: what raises above is asked for again.
         self._version = raw.metadata.resource_version or self._version
+
+
+async def _end(task: asyncio.Task[Any] | None) -> None:
+    if task:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def _decode(decoder: msgspec.json.Decoder[Decoded], text: bytes | msgspec.Raw) -> Decoded:

@@ -11,11 +11,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Set
 from typing import Final
 
+import msgspec
+
+from bpfrl.limits import PodRef
 from bpfrl.master.events import Reason, Recorder
-from bpfrl.master.nodes import NodeWorker, Want
+from bpfrl.master.nodes import NodeWorker, Turns, Want
 from bpfrl.master.observer import UNOBSERVED, Backlog, Census, Observer
 from bpfrl.master.pods import Pod
 from bpfrl.rpc.client import NodeClient
@@ -58,6 +61,7 @@ class Controller:
         self._complete = False
         self._synced = asyncio.Event()
         self._workers: dict[str, NodeWorker] = {}
+        self._turns = Turns()
         self._running: dict[str, asyncio.Task[None]] = {}
         self._leading = asyncio.Lock()
         self._acting = False
@@ -65,21 +69,11 @@ class Controller:
 
     # What a source tells.
 
-    def replace(self, pods: list[Pod], *, complete: bool = True) -> None:
-        """These are all pods; complete: and there are no others that could not be read."""
-        for uid in self._pods.keys() - {pod.uid for pod in pods}:
-            self.remove(uid)
-        for pod in pods:
-            self.put(pod)
-        became_complete = complete and not self._complete
-        self._complete = complete
-        self._synced.set()
-        if became_complete:
-            for worker in self._workers.values():
-                worker.look_at_all()
-
     def put(self, pod: Pod) -> None:
         """This pod is new, or has changed."""
+        if pod.limits is None and not pod.problem:
+            # Nobody is told of these, and most pods of a large cluster are among them.
+            pod = msgspec.structs.replace(pod, ref=PodRef(pod.ref.uid))
         before = self._pods.get(pod.uid)
         if before == pod:
             return
@@ -95,6 +89,17 @@ class Controller:
         address = pod.address or self._addresses.get(pod.node, "")
         self._place(pod, address)
         self._want(pod, address)
+
+    def keep(self, uids: Set[str], *, complete: bool = True) -> None:
+        """All pods have been put, and have these UIDs; complete: and there are no others that could not be read."""
+        for uid in self._pods.keys() - uids:
+            self.remove(uid)
+        became_complete = complete and not self._complete
+        self._complete = complete
+        self._synced.set()
+        if became_complete:
+            for worker in self._workers.values():
+                worker.look_at_all()
 
     def remove(self, uid: str) -> None:
         """The pod with this UID (the API's) is no more."""
@@ -226,7 +231,9 @@ class Controller:
     def _worker(self, address: str) -> NodeWorker:
         worker = self._workers.get(address)
         if worker is None:
-            worker = NodeWorker(self._connect(address), self._recorder, self._resync, self._is_orphan, self._observer)
+            worker = NodeWorker(
+                self._connect(address), self._recorder, self._resync, self._is_orphan, self._turns, self._observer
+            )
             self._workers[address] = worker
             if self._acting:
                 self._run(address)
@@ -261,6 +268,7 @@ class Controller:
                     task.cancel()
                     await asyncio.gather(task, return_exceptions=True)
                 await worker.close()
+                self._observer.let_go(address)
 
     async def _stop(self) -> None:
         tasks = list(self._running.values())

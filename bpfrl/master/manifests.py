@@ -98,7 +98,10 @@ class ManifestWatch:
             if self._problems.get(path) != problem:
                 log.warning("%s: %s", path, problem)
         self._good, self._problems = good, problems
-        self._sink.replace(self._pods(), complete=problems.keys() <= good.keys())
+        pods = self._pods()
+        for pod in pods:
+            self._sink.put(pod)
+        self._sink.keep({pod.uid for pod in pods}, complete=problems.keys() <= good.keys())
 
     def _pods(self) -> list[Pod]:
         found: dict[str, tuple[Path, Pod]] = {}

@@ -23,7 +23,7 @@ from bpfrl.errors import RefusedError, UnreachableError
 from bpfrl.limits import Change, Limits, PodRef
 from bpfrl.master.observer import Census, Observer
 from bpfrl.monitoring import Monitored
-from bpfrl.rpc.client import NodeClient
+from bpfrl.rpc.client import Connections, NodeClient
 from bpfrl.rpc.tls import Certificates
 
 # A call takes milliseconds, and waits half a minute for a cgroup.
@@ -62,8 +62,6 @@ class _State:
         self.census = census
         if census is None:
             return
-        for address in self.records.keys() - census.nodes.keys():
-            del self.records[address]
         known = [(name or address, self.records.get(address)) for address, name in census.nodes.items()]
         found = [(name, record) for name, record in known if record and census.acting]
         self._nodes = sorted(found, key=lambda each: (each[1].reachable, each[0]))
@@ -176,9 +174,15 @@ class MasterMetrics(Monitored, Observer):
         """This is how to learn the state of everything."""
         self._census = census
 
-    def client(self, address: str, port: int, certificates: Certificates | None) -> NodeClient:
+    def client(
+        self, address: str, port: int, certificates: Certificates | None, connections: Connections
+    ) -> NodeClient:
         """The client for a node."""
-        return _ObservedClient(address, port, certificates, self)
+        return _ObservedClient(address, port, certificates, connections, self)
+
+    def let_go(self, address: str) -> None:
+        """Nothing is told of this node any more."""
+        self._state.records.pop(address, None)
 
     def called(self, address: str, verb: str, result: str, seconds: float) -> None:
         """A call to a node has ended.
@@ -229,8 +233,15 @@ class MasterMetrics(Monitored, Observer):
 class _ObservedClient(NodeClient):
     """Calls to one node, with how each has ended."""
 
-    def __init__(self, address: str, port: int, certificates: Certificates | None, metrics: MasterMetrics) -> None:
-        super().__init__(address, port, certificates)
+    def __init__(
+        self,
+        address: str,
+        port: int,
+        certificates: Certificates | None,
+        connections: Connections,
+        metrics: MasterMetrics,
+    ) -> None:
+        super().__init__(address, port, certificates, connections)
         self._address = address
         self._metrics = metrics
 

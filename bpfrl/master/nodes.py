@@ -30,6 +30,11 @@ log = logging.getLogger(__name__)
 
 # The node does one thing at a time; some more on the way keep it busy.
 _SLOTS: Final = 8
+# So many nodes are asked at once, and so many pods attached to, whose programs are in memory meanwhile: enough to keep
+# nodes busy that take tens of milliseconds, and so few that all of a cluster's nodes are not half-way at once.
+_ASKING: Final = 128
+_ATTACHING: Final = 256
+_CHANGING: Final = 1024
 # A kubelet makes a pod's cgroup within seconds. Until then the node watches for it, which costs a call but no slot.
 _CGROUP_SECONDS: Final = 30.0
 # After as many waits, a minute, somebody may wonder.
@@ -103,6 +108,34 @@ def decide(want: Want | None, has: Has | None, build: bytes) -> Verb | None:
     return None if has.limits == want.limits else Verb.UPDATE
 
 
+class Turns:
+    """How much is on the way at once, to all nodes together.
+
+    Who is asked gives way to who is attached to, so that nodes are finished one after the other rather than begun.
+    Nodes that have not answered before wait among themselves: a connection that nobody answers takes seconds.
+
+    Attributes:
+        attach: to send a program.
+        change: to change or detach.
+    """
+
+    def __init__(self) -> None:
+        self.attach = asyncio.Semaphore(_ATTACHING)
+        self.change = asyncio.Semaphore(_CHANGING)
+        self._ask = asyncio.Semaphore(_ASKING)
+        self._ask_again = asyncio.Semaphore(_ASKING)
+
+    @asynccontextmanager
+    async def ask(self, *, again: bool) -> AsyncIterator[None]:
+        """To ask what a node has; again: it has not answered the last time."""
+        if again:
+            async with self._ask_again:
+                yield
+        else:
+            async with self._ask, self.attach:
+                yield
+
+
 class NodeWorker:
     """Makes one node have what it should have.
 
@@ -111,6 +144,7 @@ class NodeWorker:
         recorder: who tells people.
         resync: how often the node is asked what it has, s.
         is_orphan: whether a limiter for a UID that nobody here wants may be taken away.
+        turns: those of all nodes.
         observer: who wants to know how long things take.
     """
 
@@ -120,6 +154,7 @@ class NodeWorker:
         recorder: Recorder,
         resync: float,
         is_orphan: Callable[[str], bool],
+        turns: Turns,
         observer: Observer = UNOBSERVED,
     ) -> None:
         self.wants: dict[str, Want] = {}
@@ -127,6 +162,7 @@ class NodeWorker:
         self._recorder = recorder
         self._resync = resync
         self._is_orphan = is_orphan
+        self._turns = turns
         self._observer = observer
         self._build = generator.build()
         self._found: dict[str, Has] | None = None
@@ -213,9 +249,7 @@ class NodeWorker:
         """Ask the node if need be, start what is to be done, and wait until there is something new."""
         if self._found is None and not await self._ask():
             return
-        changed, self._changed = self._changed, set()
-        for uid in changed:
-            self._start(uid)
+        self._start_all()
         try:
             async with asyncio.timeout_at(self._resync_at):
                 await self._wake.wait()
@@ -227,7 +261,8 @@ class NodeWorker:
         """Learn what the node has; False, after a pause, if it does not say."""
         busy = tuple(self._tasks)
         try:
-            listed = await self._client.list()
+            async with self._turns.ask(again=self._backoff.failures > 0):
+                listed = await self._client.list()
         except (UnreachableError, RefusedError) as error:
             pause = self._backoff.delay()
             first = self._backoff.failures == 1
@@ -273,6 +308,11 @@ class NodeWorker:
             return None
         return decide(want, (self._found or {}).get(uid), self._build)
 
+    def _start_all(self) -> None:
+        changed, self._changed = self._changed, set()
+        for uid in changed:
+            self._start(uid)
+
     def _start(self, uid: str) -> None:
         # What is on its way looks again when it ends, and what has failed when its pause is over.
         if self._stopping or uid in self._tasks or uid in self._timers:
@@ -300,7 +340,7 @@ class NodeWorker:
         self._set(uid, Has())
         try:
             if want is None or want.limits is None:
-                async with self._slot():
+                async with self._slot(self._turns.change):
                     change = await self._client.detach(uid)
                 self._set(uid, None)
                 self._settled(uid, want)
@@ -324,7 +364,7 @@ class NodeWorker:
         """Attach or update, and wait for the pod's cgroup if it is not there yet."""
         image, pod = b"", want.pod
         try:
-            async with self._slot():
+            async with self._slot(self._turns.change if verb is Verb.UPDATE else self._turns.attach):
                 if verb is Verb.UPDATE:
                     return await self._client.update(uid, limits)
                 image = generator.generate(pod.ref, limits)
@@ -343,8 +383,8 @@ class NodeWorker:
             self._patient.discard(uid)
 
     @asynccontextmanager
-    async def _slot(self) -> AsyncIterator[None]:
-        async with self._slots:
+    async def _slot(self, turns: asyncio.Semaphore) -> AsyncIterator[None]:
+        async with self._slots, turns:
             if self._stopping:
                 raise asyncio.CancelledError
             yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from bpfrl.rpc.client import NodeClient
+from bpfrl.rpc.client import Connections, NodeClient
 from bpfrl.rpc.tls import Certificates
 
 
@@ -55,9 +55,14 @@ class Observer:
     def attend(self, census: Callable[[], Census]) -> None:
         """This is how to learn the state of everything, on the event loop."""
 
-    def client(self, address: str, port: int, certificates: Certificates | None) -> NodeClient:
+    def client(
+        self, address: str, port: int, certificates: Certificates | None, connections: Connections
+    ) -> NodeClient:
         """The client for a node, as :class:`~bpfrl.rpc.client.NodeClient`, with its calls observed."""
-        return NodeClient(address, port, certificates)
+        return NodeClient(address, port, certificates, connections)
+
+    def let_go(self, address: str) -> None:
+        """The node with this address has nothing to do with this master any more."""
 
     def settled(self, seconds: float) -> None:
         """A change of what a pod should have is in force, so long after it became known, s."""

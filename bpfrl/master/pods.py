@@ -1,11 +1,14 @@
 """A pod as the master sees it, from the API server's or a manifest's JSON.
 
-Most pods of a cluster have no limits, and there are many of them: what is kept of one is a few words.
+Most pods of a cluster have no limits, and there are many of them: what is kept of one is a few words. What is read
+refers to nothing that refers back, so it is none of the garbage collector's business (gc=False): to that, each of the
+pages of a long list would be a reason to look at everything that there is, which takes tenths of a second.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from typing import Final
 
@@ -22,7 +25,7 @@ _HASH: Final = re.compile(r"[0-9a-f]{32}", re.ASCII)
 _ENDED: Final = frozenset({"Succeeded", "Failed"})
 
 
-class Metadata(msgspec.Struct, rename="camel"):
+class Metadata(msgspec.Struct, rename="camel", gc=False):
     """What is read of a pod's metadata."""
 
     name: str = ""
@@ -34,20 +37,20 @@ class Metadata(msgspec.Struct, rename="camel"):
     labels: dict[str, str] | None = None
 
 
-class Spec(msgspec.Struct, rename="camel"):
+class Spec(msgspec.Struct, rename="camel", gc=False):
     """What is read of a pod's spec."""
 
     node_name: str | None = None
 
 
-class Status(msgspec.Struct, rename={"phase": "phase", "host_ip": "hostIP"}):
+class Status(msgspec.Struct, rename={"phase": "phase", "host_ip": "hostIP"}, gc=False):
     """What is read of a pod's status."""
 
     phase: str = ""
     host_ip: str | None = None
 
 
-class RawPod(msgspec.Struct):
+class RawPod(msgspec.Struct, gc=False):
     """What is read of a pod; all the rest is skipped, which is most of it."""
 
     metadata: Metadata
@@ -66,7 +69,8 @@ class Pod(msgspec.Struct, frozen=True, gc=False):
         limits: what it asks for; None: nothing, or it has run to its end.
         problem: why its annotations cannot be meant, "" if they can.
         ended: it has run to its end.
-        created: when, as the API server says it; later ones sort later.
+        created: when, as the API server says it; later ones sort later. "" but for static pods, of which several may
+            claim one cgroup.
     """
 
     uid: str
@@ -88,7 +92,9 @@ def read(raw: RawPod) -> Pod:
     metadata = raw.metadata
     marks: Mapping[str, str] = metadata.annotations or {}
     uid = _cgroup_uid(metadata.uid, marks)
-    ref = PodRef(uid, metadata.namespace, metadata.name)
+    # Many pods have these in common.
+    namespace, node, address = map(sys.intern, (metadata.namespace, raw.spec.node_name or "", raw.status.host_ip or ""))
+    ref = PodRef(uid, namespace, metadata.name)
     limits, problem = None, ""
     ended = raw.status.phase in _ENDED
     if not ended:
@@ -99,12 +105,12 @@ def read(raw: RawPod) -> Pod:
     return Pod(
         uid=metadata.uid,
         ref=ref,
-        node=raw.spec.node_name or "",
-        address=raw.status.host_ip or "",
+        node=node,
+        address=address,
         limits=limits,
         problem=problem,
         ended=ended,
-        created=metadata.creation_timestamp,
+        created=metadata.creation_timestamp if uid != metadata.uid else "",
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Final, cast
@@ -46,6 +47,29 @@ _OPTIONS: Final = (
 )
 
 
+class Connections:
+    """The connections of many clients, of which only so many stay open while nothing is asked.
+
+    One takes some 100 KiB, most of which is TLS's buffers; making it anew takes each side 2 ms of its CPU.
+
+    Args:
+        most: how many; of more, the one that was not used for longest is closed.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._idle: OrderedDict[NodeClient, None] = OrderedDict()
+
+    def use(self, client: NodeClient) -> None:
+        """This one has something to ask."""
+        self._idle.pop(client, None)
+
+    def rest(self, client: NodeClient) -> NodeClient | None:
+        """This one has nothing to ask any more; returns another whose connection is to be closed."""
+        self._idle[client] = None
+        return self._idle.popitem(last=False)[0] if len(self._idle) > self._most else None
+
+
 class NodeClient:
     """Calls to one node.
 
@@ -53,13 +77,23 @@ class NodeClient:
         address: its IP address or host name.
         port: where its daemon listens.
         certificates: what to connect with; None: without TLS, on loopback only.
+        connections: those that this one's belongs to; None: it stays open.
     """
 
-    def __init__(self, address: str, port: int, certificates: tls.Certificates | None) -> None:
+    def __init__(
+        self,
+        address: str,
+        port: int,
+        certificates: tls.Certificates | None,
+        connections: Connections | None = None,
+    ) -> None:
         self.target = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
         self._refusal = "" if certificates or tls.is_loopback(address) else "no TLS (--insecure) beyond loopback"
         self._certificates = certificates
         self._connection: _Connection | None = None
+        self._connections = connections
+        self._saved = False  # there is no connection for want of use
+        self._made_again: asyncio.Future[None] | None = None  # what waits for another one then
 
     async def attach(self, pod: PodRef, limits: Limits, image: bytes, build: bytes, wait: float = 0) -> Change:
         """Give a pod a limiter.
@@ -123,7 +157,18 @@ class NodeClient:
             return messages.to_report(reply)
 
     async def lost(self) -> None:
-        """Return when the connection to the node is gone, or has never been."""
+        """Return when the node may have been started anew since it was called.
+
+        That is when the connection to it is gone, or has never been; one that was closed here for want of use tells
+        nothing, so then it is when another has been made.
+        """
+        await self._ended()
+        if self._saved:
+            self._made_again = asyncio.get_running_loop().create_future()
+            await self._made_again
+
+    async def _ended(self) -> None:
+        """Return when the connection is gone. Nothing of it is held any more then."""
         connection = self._connection
         # What is closed by us cannot be asked any more.
         with suppress(grpc.aio.UsageError):
@@ -132,10 +177,20 @@ class NodeClient:
 
     async def close(self) -> None:
         """Close the connection, when its last call has ended."""
+        if self._connections:
+            self._connections.use(self)
+        await self._retire()
+
+    async def _retire(self) -> None:
         connection, self._connection = self._connection, None
         if connection:
             connection.retired = True
             await connection.close_if_done()
+
+    async def _save(self) -> None:
+        """Do without the connection until there is something to ask."""
+        self._saved = True
+        await self._retire()
 
     @asynccontextmanager
     async def _calling(self) -> AsyncIterator[NodeAsyncStub]:
@@ -144,19 +199,32 @@ class NodeClient:
             raise UnreachableError(f"node {self.target}: {self._refusal}")
         bundle = self._certificates.current() if self._certificates else None
         if self._connection is None or bundle != self._connection.bundle:
-            await self.close()
+            await self._retire()
             self._connection = _Connection(self._connect(bundle), bundle)
+            self._saved = False
+            if self._made_again and not self._made_again.done():
+                self._made_again.set_result(None)
         connection = self._connection
         connection.calls += 1
+        if self._connections:
+            self._connections.use(self)
         try:
-            yield NodeStub(connection.channel)
+            yield connection.node
         except grpc.aio.AioRpcError as error:
-            raise statuses.error_of(self.target, error) from error
+            failure = statuses.error_of(self.target, error)
+            if isinstance(failure, UnreachableError) and connection is self._connection:
+                # gRPC would go on trying, with memory and threads of its own, at a pace that is not ours.
+                await self._retire()
+            raise failure from error
         except InvalidValueError as error:
             raise RefusedError(f"its answer cannot be understood: {error}", grpc.StatusCode.INTERNAL.name) from error
         finally:
             connection.calls -= 1
             await connection.close_if_done()
+            if self._connections and self._connection and not self._connection.calls:
+                unused = self._connections.rest(self)
+                if unused:
+                    await unused._save()  # noqa: SLF001 - another one of this class
 
     def _connect(self, bundle: tls.Bundle | None) -> grpc.aio.Channel:
         if bundle is None:
@@ -170,6 +238,7 @@ class _Connection:
 
     def __init__(self, channel: grpc.aio.Channel, bundle: tls.Bundle | None) -> None:
         self.channel = channel
+        self.node: NodeAsyncStub = NodeStub(channel)
         self.bundle = bundle
         self.calls = 0
         self.retired = False

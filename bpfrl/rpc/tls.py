@@ -143,12 +143,23 @@ def names(certificate: x509.Certificate) -> list[str]:
 
 def server_credentials(certificates: Certificates) -> grpc.ServerCredentials:
     """What a node listens with: the peer needs a certificate of the same authority."""
+    shown = certificates.current()
 
-    def configuration() -> grpc.ServerCertificateConfiguration:
-        bundle = certificates.current()
+    def configuration(bundle: Bundle) -> grpc.ServerCertificateConfiguration:
         return grpc.ssl_server_certificate_configuration([(bundle.key, bundle.certificate)], bundle.authority)
 
-    return grpc.dynamic_ssl_server_credentials(configuration(), configuration, require_client_authentication=True)
+    def changed() -> grpc.ServerCertificateConfiguration | None:
+        # gRPC asks at each handshake. A configuration that says the same would take the place of the one that other
+        # handshakes are using, on other threads: many connections at once then end the process (grpcio 1.85).
+        nonlocal shown
+        before, shown = shown, certificates.current()
+        return configuration(shown) if shown != before else None
+
+    return grpc.dynamic_ssl_server_credentials(
+        configuration(shown),
+        changed,  # type: ignore[arg-type] # None is allowed, and the types do not know
+        require_client_authentication=True,
+    )
 
 
 def channel_credentials(bundle: Bundle) -> grpc.ChannelCredentials:

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import os
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence, Set
 from contextlib import asynccontextmanager
 from ctypes import Structure, sizeof
 from pathlib import Path
@@ -23,6 +23,7 @@ from bpfrl.bpf.libbpf import AttachType, Descriptor, Linked, MapShape, Shape
 from bpfrl.bpf.limiter import Broken, Status
 from bpfrl.errors import InvalidObjectError, KernelError, RefusedError, UnreachableError
 from bpfrl.limits import Change, Limits, PodRef
+from bpfrl.master.controller import Controller
 from bpfrl.master.events import Reason, Recorder, Report
 from bpfrl.master.pods import Pod
 from bpfrl.rpc.client import NodeClient
@@ -99,6 +100,13 @@ async def running(work: Coroutine[Any, Any, None]) -> AsyncIterator[asyncio.Task
         await asyncio.gather(task, return_exceptions=True)
 
 
+def tell_all(controller: Controller, pods: Sequence[Pod], *, complete: bool = True) -> None:
+    """Tell a controller all pods that there are, as its sources do."""
+    for pod in pods:
+        controller.put(pod)
+    controller.keep({pod.uid for pod in pods}, complete=complete)
+
+
 class Sink:
     """Whoever wants to know the pods, with all it was told."""
 
@@ -106,9 +114,12 @@ class Sink:
         self.told: list[tuple[object, ...]] = []
         self.pods: dict[str, Pod] = {}
 
-    def replace(self, pods: list[Pod], *, complete: bool = True) -> None:
-        self.told.append(("replace", sorted(pod.uid for pod in pods), complete))
-        self.pods = {pod.uid: pod for pod in pods}
+    def keep(self, uids: Set[str], *, complete: bool = True) -> None:
+        # The list itself is not told pod by pod.
+        while self.told and self.told[-1][0] == "put" and self.told[-1][1] in uids:
+            self.told.pop()
+        self.told.append(("keep", sorted(uids), complete))
+        self.pods = {uid: pod for uid, pod in self.pods.items() if uid in uids}
 
     def put(self, pod: Pod) -> None:
         self.told.append(("put", pod.uid))

@@ -18,7 +18,7 @@ from bpfrl.master.annotations import EGRESS
 from bpfrl.master.api import Api
 from bpfrl.master.apiserver import PodWatch
 from bpfrl.master.pods import Pod
-from tests.unit.fakes import Sink, api_server, run, running, uid_of, until
+from tests.unit.fakes import Sink, api_server, make_pod, run, running, uid_of, until
 
 Step = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
@@ -97,6 +97,19 @@ def garbage(text: bytes) -> Step:
     return answer
 
 
+def page(step: Step) -> Step:
+    """What answers the next request for a further page of a list, whatever else is asked for meanwhile."""
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        return await step(request)
+
+    _FURTHER.add(answer)
+    return answer
+
+
+_FURTHER: set[Step] = set()
+
+
 class Played:
     """A watch and the server that it asks.
 
@@ -115,7 +128,10 @@ class Played:
         self.asked.append(dict(request.query))
         if not self._steps:
             await asyncio.sleep(60)
-        return await self._steps.pop(0)(request)
+        further = "continue" in request.query
+        step = next(step for step in self._steps if (step in _FURTHER) is further)
+        self._steps.remove(step)
+        return await step(request)
 
     @property
     def kinds(self) -> list[str]:
@@ -152,43 +168,95 @@ def test_the_list_asks_for_scheduled_pods_in_pages() -> None:
     _, play = turns(
         1,
         listing("7", a_pod(1), a_pod(2), more="page-2"),
-        listing("7", a_pod(3), more="page-3"),
-        listing("7", a_pod(4)),
-        lines(bookmark("8")),
+        page(listing("7", a_pod(3), more="page-3")),
+        page(listing("7", a_pod(4))),
+        lines(bookmark("8"), pause=0.1),
     )
     first = {"fieldSelector": "spec.nodeName!=", "limit": "500"}
-    assert play.asked[:3] == [first, first | {"continue": "page-2"}, first | {"continue": "page-3"}]
-    # The sink is told once, of all of them.
-    assert play.sink.told == [("replace", [uid_of(number) for number in (1, 2, 3, 4)], True)]
-    assert play.kinds == ["list", "list", "list", "watch 7"]
+    listed = [each for each in play.asked if "watch" not in each]
+    assert listed == [first, first | {"continue": "page-2"}, first | {"continue": "page-3"}]
+    # What is no more is known when all pages are there.
+    assert play.sink.told == [("keep", [uid_of(number) for number in (1, 2, 3, 4)], True)]
+    assert sorted(play.kinds) == ["list", "list", "list", "watch 7"]
 
 
-def test_a_list_that_breaks_off_tells_nothing_and_is_begun_again() -> None:
+def test_changes_are_told_while_a_long_list_goes_on_and_no_page_undoes_them() -> None:
+    async def work() -> None:
+        gate = asyncio.Event()
+
+        async def late(request: web.BaseRequest) -> web.StreamResponse:
+            await gate.wait()
+            return await listing("7", a_pod(2), a_pod(3), a_pod(4))(request)
+
+        changes = (event("MODIFIED", a_pod(2, "8")), event("DELETED", a_pod(3, "9")), event("ADDED", a_pod(5, "10")))
+        first = listing("7", a_pod(1), more="page-2")
+        async with played(first, page(late), lines(*changes, bookmark("11"), pause=0.05), lines()) as play:
+            play.sink.put(make_pod(3))
+            play.sink.put(make_pod(9))
+            turn = asyncio.create_task(play.turns(1))
+            await until(lambda: ("put", uid_of(5)) in play.sink.told)
+            assert ("remove", uid_of(3)) in play.sink.told
+            before = play.sink.pods[uid_of(2)]
+            gate.set()
+            await until(lambda: play.sink.told[-1][0] == "keep")
+            await turn
+            assert play.sink.pods.keys() == {uid_of(number) for number in (1, 2, 4, 5)}
+            assert play.sink.pods[uid_of(2)] is before
+            assert play.watch._version == "11"
+
+    run(work())
+
+
+def test_a_list_that_breaks_off_takes_nobody_away_and_is_begun_again() -> None:
     pauses, play = turns(
         2,
         listing("7", a_pod(1), more="page-2"),
-        refusal(500),
+        page(refusal(500)),
+        lines(pause=1),
         listing("9", a_pod(2)),
         lines(bookmark("10")),
     )
     assert pauses[0] > 0
-    assert "continue" not in play.asked[2]
-    assert play.sink.told == [("replace", [uid_of(2)], True)]
+    assert "continue" not in play.asked[3]
+    assert play.sink.told == [("put", uid_of(1)), ("keep", [uid_of(2)], True)]
     assert play.kinds[-1] == "watch 9"
 
 
 def test_a_page_that_has_expired_begins_the_list_again() -> None:
     pauses, play = turns(
-        2, listing("7", a_pod(1), more="page-2"), refusal(410), listing("9", a_pod(2)), lines(bookmark("10"))
+        2,
+        listing("7", a_pod(1), more="page-2"),
+        page(refusal(410)),
+        lines(pause=1),
+        listing("9", a_pod(2)),
+        lines(bookmark("10")),
     )
     assert pauses == [0.0, 0.0]
-    assert play.kinds == ["list", "list", "list", "watch 9"]
-    assert play.sink.told == [("replace", [uid_of(2)], True)]
+    assert sorted(play.kinds[:3]) == ["list", "list", "watch 7"]
+    assert play.kinds[3:] == ["list", "watch 9"]
+    assert play.sink.told[-1] == ("keep", [uid_of(2)], True)
+
+
+def test_pauses_grow_while_lists_break_off_although_watches_tell_something() -> None:
+    def broken() -> tuple[Step, ...]:
+        watched = lines(event("MODIFIED", a_pod(5, "8")), pause=1)
+        return listing("7", a_pod(1), more="page-2"), page(late(refusal(500))), watched
+
+    def late(step: Step) -> Step:
+        async def answer(request: web.BaseRequest) -> web.StreamResponse:
+            await asyncio.sleep(0.1)
+            return await step(request)
+
+        return answer
+
+    pauses, play = turns(4, *broken(), *broken(), *broken(), *broken())
+    assert ("put", uid_of(5)) in play.sink.told
+    assert pauses[3] > 2 * pauses[0]
 
 
 def test_an_empty_cluster_is_told_of_too() -> None:
     _, play = turns(1, listing("7"), lines(bookmark("8")))
-    assert play.sink.told == [("replace", [], True)]
+    assert play.sink.told == [("keep", [], True)]
 
 
 @pytest.mark.parametrize("text", [b"", b"<html>", b"[]", b'{"items": []}', b'{"metadata": {}, "items": [1]}', b"\xff"])
@@ -264,7 +332,7 @@ def test_a_pod_that_cannot_be_is_left_out_and_others_are_not(caplog: pytest.LogC
         lines(event("ADDED", a_pod(4, "8", name="No Name")), event("ADDED", a_pod(5, "9")), bookmark("10")),
         lines(bookmark("11")),
     )
-    assert play.sink.told == [("replace", [uid_of(1), uid_of(3)], True), ("put", uid_of(5))]
+    assert play.sink.told == [("keep", [uid_of(1), uid_of(3)], True), ("put", uid_of(5))]
     assert play.kinds[-1] == "watch 10"
     assert [record.message.split(" is left out")[0] for record in caplog.records if "left out" in record.message] == [
         "pod shop/cart-2",
@@ -275,7 +343,7 @@ def test_a_pod_that_cannot_be_is_left_out_and_others_are_not(caplog: pytest.LogC
 @pytest.mark.parametrize("kind", ["ADDED", "MODIFIED", "DELETED"], ids=["added", "modified", "deleted"])
 def test_the_version_moves_only_when_the_sink_has_taken_the_event(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def work() -> None:
-        async with played(listing("7", a_pod(1)), lines(event(kind, a_pod(1, "8"))), lines(bookmark("9"))) as play:
+        async with played(listing("7"), lines(event(kind, a_pod(1, "8"))), lines(bookmark("9"))) as play:
             refused = 0
 
             def refuse(_: Pod | str) -> None:
@@ -315,7 +383,7 @@ def test_a_version_that_is_too_old_is_listed_anew_at_once_and_then_after_growing
     # A watch that has said something makes the next time the first.
     assert pauses[3:] == [0.0, 0.0]
     assert play.kinds == [*("list", "watch 7", "list", "watch 8", "list", "watch 9", "list", "watch 10", "watch 11")]
-    assert play.sink.told[-1] == ("replace", [uid_of(4)], True)
+    assert play.sink.told[-1] == ("keep", [uid_of(4)], True)
 
 
 @pytest.mark.parametrize("place", ["list", "watch"])
@@ -366,7 +434,7 @@ def test_what_fails_is_watched_again_from_the_last_version_after_growing_pauses(
     assert pauses[0] == pauses[4] == 0.0
     assert 0.1 <= pauses[1] <= 0.2 <= pauses[2] <= 0.4 <= pauses[3] <= 0.8
     assert play.kinds == ["list", "watch 7", *["watch 8"] * 4]
-    assert play.sink.told == [("replace", [], True), ("put", uid_of(1))]
+    assert play.sink.told == [("keep", [], True), ("put", uid_of(1))]
 
 
 def test_what_came_before_a_failure_counts(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import plots, report, summary
+from bench import plots, report, scale_page, summary
+from bench.converge import Spread
 from bench.ends import streams
 from bench.plan import GROUPS, QUICK, Plan
 from bench.record import (
@@ -25,6 +26,9 @@ from bench.record import (
     Run,
 )
 from bench.run import Runner
+from bench.scale_page import Churned
+from bench.scale_page import Measured as Cluster
+from bench.scale_page import Results as ScaleResults
 from bench.situations import Arrivals
 from bench.traffic import Asked, percentile
 
@@ -93,6 +97,44 @@ def test_the_same_figures_make_the_same_page_and_pictures(tmp_path: Path) -> Non
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
     assert len(list((tmp_path / "one").iterdir())) == 5
+
+
+def test_large_clusters_have_a_section_and_a_picture(tmp_path: Path) -> None:
+    spread = Spread(2.0, 5.0, 71.0, 90.0)
+    churned = Churned(900, spread, 30.0, 200.0, 1.5)
+    measured = [
+        Cluster(
+            nodes=nodes,
+            pods=30 * nodes,
+            limited=6 * nodes,
+            load=1.0,
+            converged=2.0,
+            converging_cpu=1.0,
+            peak=150.0,
+            steady=140.0,
+            resting_cpu=0.5,
+            churned=churned,
+            relisted=churned,
+            refusing=1,
+            silent=1,
+            cut=churned,
+            mended=3.0,
+            highest=160.0,
+            wrong=0,
+        )
+        for nodes in (50, 5000)
+    ]
+    figures = tmp_path / "scale.json"
+    assert scale_page.write(tmp_path, figures) == ""
+    ScaleResults(MACHINE, "python -m bench.scale", 50.0, measured).save(figures)
+    written = tmp_path / "benchmarks.md"
+    report.write(results(), written, {}, scale_page.write(tmp_path, figures))
+    assert "|  | 1,500 pods | 150,000 pods | goal |" in written.read_text()
+    assert "| changes: p50, p99 until told, ms | 2.0, 71 | 2.0, 71 | p99 below 250 |" in written.read_text()
+    assert "](benchmarks-scale.svg)" in written.read_text()
+    first = (tmp_path / scale_page.PICTURE).read_bytes()
+    scale_page.write(tmp_path, figures)
+    assert (tmp_path / scale_page.PICTURE).read_bytes() == first
 
 
 def test_the_comparison_has_the_figures_of_the_benchmarks(tmp_path: Path) -> None:

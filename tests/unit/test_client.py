@@ -4,6 +4,8 @@ import asyncio
 import hashlib
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
@@ -23,7 +25,7 @@ from bpfrl.errors import BpfrlError, RefusedError, UnreachableError
 from bpfrl.explanation import Refusal, Report
 from bpfrl.limits import Change, Limits, PodRef
 from bpfrl.rpc import authority, client, messages, node_pb2, tls
-from bpfrl.rpc.client import NodeClient
+from bpfrl.rpc.client import Connections, NodeClient
 from bpfrl.rpc.node_pb2_grpc import NodeServicer, add_NodeServicer_to_server
 from bpfrl.units import Rate
 
@@ -230,6 +232,73 @@ def test_calls_go_over_one_connection() -> None:
     call(node, several)
     assert len(node.peers) == 21
     assert len(set(node.peers)) == 1
+
+
+def test_of_many_connections_the_one_that_was_not_used_for_longest_is_closed() -> None:
+    async def run() -> None:
+        connections = Connections(2)
+        nodes = [Node(), Node(), Node()]
+        async with serving(nodes[0]) as one, serving(nodes[1]) as two, serving(nodes[2]) as three:
+            clients = [NodeClient("127.0.0.1", port, None, connections) for port in (one, two, three)]
+            for number in (0, 1, 0, 2, 0, 2):
+                await clients[number].update(UID, LIMITS)
+            # The second has made room for the third, and nobody has noticed.
+            lost = [asyncio.create_task(each.lost()) for each in clients]
+            await asyncio.sleep(0.2)
+            assert not any(task.done() for task in lost)
+            assert len(set(nodes[0].peers)) == len(set(nodes[2].peers)) == 1
+            # It is made again where it is needed, and then whoever waits is told that much may have happened.
+            await clients[1].update(UID, LIMITS)
+            await asyncio.wait_for(lost[1], 5)
+            assert len(set(nodes[1].peers)) == 2
+            await asyncio.sleep(0.1)
+            assert not lost[0].done()
+            assert not lost[2].done()
+            for task in lost:
+                task.cancel()
+            await asyncio.gather(*lost, return_exceptions=True)
+            for each in clients:
+                await each.close()
+
+    asyncio.run(run())
+
+
+def test_a_connection_with_a_call_on_it_is_not_closed_for_want_of_use() -> None:
+    async def run() -> None:
+        finish = asyncio.Event()
+        begun = asyncio.Event()
+
+        async def slow(requests: Requests, _: Context) -> AsyncIterator[node_pb2.AttachReply]:
+            await anext(requests)
+            begun.set()
+            await finish.wait()
+            yield ATTACHED
+
+        connections = Connections(0)
+        async with serving(Node(slow)) as one, serving(Node()) as two:
+            first, second = (NodeClient("127.0.0.1", port, None, connections) for port in (one, two))
+            attaching = asyncio.create_task(attach(first))
+            await begun.wait()
+            await second.update(UID, LIMITS)
+            await first.update(UID, LIMITS)
+            finish.set()
+            assert await asyncio.wait_for(attaching, 5) is Change.ATTACHED
+            await asyncio.gather(first.close(), second.close())
+
+    asyncio.run(run())
+
+
+def test_nothing_is_left_of_a_connection_that_does_not_come_about(closed_port: int) -> None:
+    async def run() -> None:
+        own = NodeClient("127.0.0.1", closed_port, None)
+        for _ in range(20):
+            with pytest.raises(UnreachableError):
+                await own.list()
+            # gRPC tries no connection by itself that nobody has asked for.
+            assert own._connection is None
+        await own.close()
+
+    asyncio.run(run())
 
 
 # Refusals.
@@ -511,6 +580,40 @@ def test_a_node_is_reached_by_ipv6() -> None:
 
 
 # Certificates.
+
+
+_SERVER = """if True:
+    import asyncio, sys
+    from pathlib import Path
+    from bpfrl.rpc import tls
+    from tests.unit.test_client import Node, serving
+
+    async def run():
+        async with serving(Node(), tls.Certificates(Path(sys.argv[1]), tls.NODE)) as port:
+            print(port, flush=True)
+            await asyncio.to_thread(sys.stdin.read)
+
+    asyncio.run(run())
+"""
+
+
+def test_a_node_outlives_many_connections_at_once(pki: Path) -> None:
+    """They are made on gRPC's own threads, and each asks for the certificates."""
+
+    async def connect(port: int) -> None:
+        master = tls.Certificates(pki / "master", tls.MASTER)
+        for _ in range(8):
+            clients = [NodeClient("127.0.0.1", port, master) for _ in range(100)]
+            await asyncio.gather(*(each.list() for each in clients))
+            await asyncio.gather(*(each.close() for each in clients))
+
+    command = [sys.executable, "-c", _SERVER, str(pki / "node")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout
+        port = int(server.stdout.readline())
+        asyncio.run(connect(port))
+        server.communicate(timeout=30)
+    assert server.returncode == 0
 
 
 @pytest.fixture(scope="module")

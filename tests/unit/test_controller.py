@@ -17,7 +17,7 @@ from bpfrl.limits import Limits
 from bpfrl.master import controller as module
 from bpfrl.master.controller import Controller
 from bpfrl.master.events import Reason
-from bpfrl.master.nodes import Want
+from bpfrl.master.nodes import Turns, Want
 from bpfrl.master.observer import Observer
 from bpfrl.master.pods import Pod
 from tests.unit.fakes import (
@@ -32,6 +32,7 @@ from tests.unit.fakes import (
     make_pod,
     run,
     running,
+    tell_all,
     uid_of,
     until,
 )
@@ -51,9 +52,16 @@ class Worker:
     """
 
     def __init__(
-        self, client: Node, recorder: Told, resync: float, is_orphan: Callable[[str], bool], observer: Observer
+        self,
+        client: Node,
+        recorder: Told,
+        resync: float,
+        is_orphan: Callable[[str], bool],
+        turns: Turns,
+        observer: Observer,
     ) -> None:
         self.client, self.recorder, self.resync, self.is_orphan = client, recorder, resync, is_orphan
+        self.turns = turns
         self.observer = observer
         self.wants: dict[str, Want] = {}
         self.lives: dict[str, bool] = {}
@@ -265,7 +273,7 @@ def test_a_mistake_from_the_start_keeps_what_the_node_has(play: Played) -> None:
 
 def test_a_mistake_is_told_by_who_leads(play: Played) -> None:
     async def work() -> None:
-        play.controller.replace([make_pod(1, SLOW), make_pod(2, problem="annotation x: no")])
+        tell_all(play.controller, [make_pod(1, SLOW), make_pod(2, problem="annotation x: no")])
         play.put(make_pod(1, problem="annotation y: no"))
         assert play.told.told == []
         async with play.leading():
@@ -285,18 +293,18 @@ def test_a_mistake_is_told_by_who_leads(play: Played) -> None:
 
 
 def test_a_list_takes_away_what_is_not_in_it(play: Played) -> None:
-    play.controller.replace([make_pod(1, SLOW), make_pod(2, SLOW), make_pod(3, SLOW, node="node-2", address=THERE)])
-    play.controller.replace([make_pod(2, FAST), make_pod(4, SLOW)])
+    tell_all(play.controller, [make_pod(1, SLOW), make_pod(2, SLOW), make_pod(3, SLOW, node="node-2", address=THERE)])
+    tell_all(play.controller, [make_pod(2, FAST), make_pod(4, SLOW)])
     assert play.wanted() == {HERE: {uid_of(2): FAST, uid_of(4): SLOW}}
     assert play.worker().lives == {uid_of(1): False}
     assert play.worker(THERE).lives == {uid_of(3): False}
-    play.controller.replace([])
+    tell_all(play.controller, [])
     assert play.wanted() == {}
 
 
 def test_a_pod_that_was_made_again_under_its_name_is_another_pod(play: Played) -> None:
-    play.controller.replace([make_pod(1, SLOW, cgroup_uid=HASH)])
-    play.controller.replace([make_pod(2, SLOW, cgroup_uid=HASH)])
+    tell_all(play.controller, [make_pod(1, SLOW, cgroup_uid=HASH)])
+    tell_all(play.controller, [make_pod(2, SLOW, cgroup_uid=HASH)])
     assert play.wanted() == {HERE: {HASH: SLOW}}
     assert play.worker().wants[HASH].pod.uid == uid_of(2)
 
@@ -354,7 +362,7 @@ def test_nothing_is_an_orphan_before_the_first_list(play: Played) -> None:
 
 @pytest.mark.parametrize("complete", [True, False])
 def test_what_no_list_names_is_an_orphan_if_the_list_is_complete(play: Played, *, complete: bool) -> None:
-    play.controller.replace([make_pod(1, SLOW), make_pod(2), make_pod(3, ended=True)], complete=complete)
+    tell_all(play.controller, [make_pod(1, SLOW), make_pod(2), make_pod(3, ended=True)], complete=complete)
     is_orphan = play.worker().is_orphan
     assert is_orphan(uid_of(9)) is complete
     # Of these it is known that they ask for nothing.
@@ -363,19 +371,19 @@ def test_what_no_list_names_is_an_orphan_if_the_list_is_complete(play: Played, *
 
 
 def test_what_is_wanted_elsewhere_is_an_orphan_here(play: Played) -> None:
-    play.controller.replace([make_pod(1, SLOW), make_pod(2, SLOW, node="node-2", address=THERE)])
+    tell_all(play.controller, [make_pod(1, SLOW), make_pod(2, SLOW, node="node-2", address=THERE)])
     assert play.worker(HERE).is_orphan(uid_of(2))
 
 
 def test_what_is_wanted_but_nobody_knows_where_is_no_orphan(play: Played) -> None:
-    play.controller.replace([make_pod(1), make_pod(2, SLOW, node="node-2", address="")])
+    tell_all(play.controller, [make_pod(1), make_pod(2, SLOW, node="node-2", address="")])
     assert not play.worker(HERE).is_orphan(uid_of(2))
     play.put(make_pod(3, node="node-2", address=THERE))
     assert play.worker(HERE).is_orphan(uid_of(2))
 
 
 def test_what_cannot_be_meant_is_no_orphan_where_it_is_wanted_as_it_is(play: Played) -> None:
-    play.controller.replace([make_pod(1, problem="x", address="")])
+    tell_all(play.controller, [make_pod(1, problem="x", address="")])
     play.put(make_pod(2, node="node-2", address=THERE))
     assert not play.worker(THERE).is_orphan(uid_of(1))
 
@@ -384,7 +392,7 @@ def test_workers_look_again_when_all_pods_are_known(play: Played) -> None:
     pods = [make_pod(1, SLOW), make_pod(2, SLOW, node="node-2", address=THERE)]
     looked = []
     for complete in (False, False, True, True, False, True):
-        play.controller.replace(pods, complete=complete)
+        tell_all(play.controller, pods, complete=complete)
         looked.append([worker.looked for worker in play.workers.values()])
     assert looked == [[0, 0], [0, 0], [1, 1], [1, 1], [1, 1], [2, 2]]
 
@@ -394,7 +402,7 @@ def test_workers_look_again_when_all_pods_are_known(play: Played) -> None:
 
 def test_who_follows_keeps_desired_state_and_does_nothing(play: Played) -> None:
     async def work() -> None:
-        play.controller.replace([make_pod(1, SLOW)])
+        tell_all(play.controller, [make_pod(1, SLOW)])
         play.put(make_pod(2, FAST, node="node-2", address=THERE))
         await a_while()
         assert len(play.wanted()) == 2
@@ -405,7 +413,7 @@ def test_who_follows_keeps_desired_state_and_does_nothing(play: Played) -> None:
 
 def test_who_leads_acts_on_all_nodes_and_on_new_ones_at_once(play: Played) -> None:
     async def work() -> None:
-        play.controller.replace([make_pod(1, SLOW)])
+        tell_all(play.controller, [make_pod(1, SLOW)])
         async with play.leading():
             assert play.worker(HERE).running
             play.put(make_pod(2, FAST, node="node-2", address=THERE))
@@ -422,7 +430,7 @@ def test_who_leads_before_the_first_list_waits_for_it(play: Played) -> None:
             play.put(make_pod(1, SLOW))
             await a_while()
             assert not play.worker().running
-            play.controller.replace([make_pod(1, SLOW)])
+            tell_all(play.controller, [make_pod(1, SLOW)])
             await until(lambda: play.worker().running)
 
     run(work())
@@ -432,7 +440,7 @@ def test_who_led_follows_and_may_lead_again(play: Played, caplog: pytest.LogCapt
     caplog.set_level(logging.INFO)
 
     async def work() -> None:
-        play.controller.replace([make_pod(1, SLOW), make_pod(2)])
+        tell_all(play.controller, [make_pod(1, SLOW), make_pod(2)])
         for runs in (1, 2, 3):
             async with play.leading():
                 assert play.worker().running
@@ -448,7 +456,7 @@ def test_who_led_follows_and_may_lead_again(play: Played, caplog: pytest.LogCapt
 
 def test_two_at_once_lead_one_after_the_other(play: Played) -> None:
     async def work() -> None:
-        play.controller.replace([make_pod(1, SLOW)])
+        tell_all(play.controller, [make_pod(1, SLOW)])
         async with play.leading():
             async with play.leading():
                 assert play.worker().runs == 1
@@ -459,7 +467,7 @@ def test_two_at_once_lead_one_after_the_other(play: Played) -> None:
 
 def test_a_node_that_comes_while_the_lead_is_given_up_is_not_acted_on(play: Played) -> None:
     async def work() -> None:
-        play.controller.replace([make_pod(1, SLOW)])
+        tell_all(play.controller, [make_pod(1, SLOW)])
         task = asyncio.create_task(play.controller.run())
         await until(lambda: play.workers and play.worker().running)
         play.worker().slow = 0.02
@@ -491,7 +499,7 @@ def test_a_mistake_of_ours_in_one_worker_is_logged_and_mended(
     monkeypatch.setattr(Worker, "run", fail)
 
     async def work() -> None:
-        play.controller.replace([make_pod(1, SLOW)])
+        tell_all(play.controller, [make_pod(1, SLOW)])
         async with play.leading():
             await until(lambda: play.worker().running)
 
@@ -512,7 +520,7 @@ def prune_often(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("prune_often")
 def test_a_node_that_has_lost_its_last_pod_is_let_go_of_when_its_limiters_are_gone(play: Played) -> None:
     async def work() -> None:
-        play.controller.replace([make_pod(1, SLOW), make_pod(2, node="node-2", address=THERE)])
+        tell_all(play.controller, [make_pod(1, SLOW), make_pod(2, node="node-2", address=THERE)])
         async with play.leading():
             first, second = play.worker(HERE), play.worker(THERE)
             first.is_idle = second.is_idle = True
@@ -540,7 +548,7 @@ def test_a_node_that_comes_back_while_it_is_let_go_of_is_worked_on_at_once(
     play: Played, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def work() -> None:
-        play.controller.replace([make_pod(1, SLOW)])
+        tell_all(play.controller, [make_pod(1, SLOW)])
         async with play.leading():
             first = play.worker()
             first.slow, first.is_idle = 0.02, True
@@ -556,7 +564,7 @@ def test_a_node_that_comes_back_while_it_is_let_go_of_is_worked_on_at_once(
 
 def test_a_pod_that_only_waits_is_no_reason_to_keep_a_node(play: Played) -> None:
     async def work() -> None:
-        play.controller.replace([make_pod(1, SLOW), make_pod(2, SLOW, node="node-2", address="")])
+        tell_all(play.controller, [make_pod(1, SLOW), make_pod(2, SLOW, node="node-2", address="")])
         play.controller.remove(uid_of(1))
         play.worker().is_idle = True
         await play.controller._prune()
@@ -570,7 +578,7 @@ def test_a_pod_that_only_waits_is_no_reason_to_keep_a_node(play: Played) -> None
 
 def test_draining_drains_the_workers_that_run_and_starts_no_other(play: Played) -> None:
     async def work() -> None:
-        play.controller.replace([make_pod(1, SLOW)])
+        tell_all(play.controller, [make_pod(1, SLOW)])
         async with play.leading():
             await play.controller.drain()
             assert play.worker(HERE).drained
@@ -583,7 +591,7 @@ def test_draining_drains_the_workers_that_run_and_starts_no_other(play: Played) 
 
 def test_draining_who_follows_does_nothing(play: Played) -> None:
     async def work() -> None:
-        play.controller.replace([make_pod(1, SLOW)])
+        tell_all(play.controller, [make_pod(1, SLOW)])
         await play.controller.drain()
         assert not play.worker().drained
 
@@ -599,7 +607,7 @@ def test_draining_ends_in_time(play: Played, monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setattr(Worker, "drain", hang)
 
     async def work() -> None:
-        play.controller.replace([make_pod(1, SLOW)])
+        tell_all(play.controller, [make_pod(1, SLOW)])
         async with play.leading():
             await play.controller.drain()
 
@@ -631,7 +639,7 @@ _PODS = st.builds(
 _EVENTS = st.lists(
     st.tuples(st.just("put"), _PODS)
     | st.tuples(st.just("remove"), st.integers(1, 4))
-    | st.tuples(st.just("replace"), st.lists(_PODS, max_size=4, unique_by=lambda pod: pod.uid)),
+    | st.tuples(st.just("keep"), st.lists(_PODS, max_size=4, unique_by=lambda pod: pod.uid)),
     max_size=30,
 )
 
@@ -651,7 +659,7 @@ def test_after_any_events_each_pod_is_wanted_where_it_is_and_nowhere_else(events
                 play.controller.remove(uid_of(what))
             else:
                 pods = {pod.uid: pod for pod in what}
-                play.controller.replace(what)
+                tell_all(play.controller, what)
     places = [(uid, address) for address, worker in play.workers.items() for uid in worker.wants]
     assert len(places) == len({uid for uid, _ in places}), "a pod is at one address"
     placed = play.controller._placed
@@ -685,8 +693,8 @@ def test_from_pods_to_limits_in_force_on_two_nodes(monkeypatch: pytest.MonkeyPat
         kept = nodes[HERE].give(5, FAST)
         told = Told()
         controller = Controller(nodes.__getitem__, told, 3600.0)
-        controller.replace(
-            [make_pod(1, SLOW), make_pod(2, FAST, node="node-2", address=THERE), make_pod(5, problem="x")]
+        tell_all(
+            controller, [make_pod(1, SLOW), make_pod(2, FAST, node="node-2", address=THERE), make_pod(5, problem="x")]
         )
         await a_while()
         assert nodes[HERE].calls == nodes[THERE].calls == [], "it does not lead"

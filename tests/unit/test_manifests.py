@@ -48,7 +48,7 @@ class Folder:
         self.sink.told.clear()
         self.watch.look()
         [(kind, uids, complete)] = self.sink.told
-        assert kind == "replace"
+        assert kind == "keep"
         assert isinstance(uids, list)
         return uids, bool(complete)
 
@@ -244,7 +244,7 @@ def test_a_pod_in_two_files_is_the_first_ones_and_that_is_told_once(
     for _ in range(3):
         assert folder.look() == ([uid_of(1)], True)
     assert folder.sink.pods[uid_of(1)].limits == TEN
-    assert folder.sink.told == [("replace", [uid_of(1)], True)]
+    assert folder.sink.told == [("keep", [uid_of(1)], True)]
     [message] = [record.getMessage() for record in caplog.records]
     assert message == f"{folder.path / 'b.yaml'}: pod {uid_of(1)} is in {first} already, which counts"
     first.unlink()
@@ -280,7 +280,7 @@ def test_a_folder_that_cannot_be_read_keeps_its_pods(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "iterdir", refuse)
         folder.watch.look()
-    assert folder.sink.told == [("replace", [uid_of(1)], True)]
+    assert folder.sink.told == [("keep", [uid_of(1)], True)]
     assert f"{folder.path}: Permission denied; the pods in it stay as they are" in caplog.text
     assert folder.look() == ([uid_of(1)], True)
 
@@ -293,7 +293,7 @@ def test_a_folder_that_has_gone_keeps_its_pods(tmp_path: Path) -> None:
     folder.look()
     folder.path.rename(tmp_path / "elsewhere")
     folder.watch.look()
-    assert folder.sink.told == [("replace", [uid_of(2)], True)]
+    assert folder.sink.told == [("keep", [uid_of(2)], True)]
 
 
 class ConfigMap:

@@ -15,6 +15,7 @@ from prometheus_client.samples import Sample
 from bpfrl.bpf import generator
 from bpfrl.errors import RefusedError, UnreachableError
 from bpfrl.limits import Change
+from bpfrl.master import controller as controller_module
 from bpfrl.master import events
 from bpfrl.master import nodes as nodes_module
 from bpfrl.master.api import Api
@@ -23,7 +24,7 @@ from bpfrl.master.controller import Controller
 from bpfrl.master.events import Reason, Recorder
 from bpfrl.master.metrics import MasterMetrics
 from bpfrl.master.observer import Backlog, Census
-from bpfrl.rpc.client import NodeClient
+from bpfrl.rpc.client import Connections, NodeClient
 from tests.unit.fakes import (
     BUILD,
     FAST,
@@ -40,6 +41,7 @@ from tests.unit.fakes import (
     run,
     running,
     silent,
+    tell_all,
     uid_of,
     until,
 )
@@ -110,7 +112,7 @@ def test_pods_are_told_and_a_master_is_ready_when_it_knows_them() -> None:
         assert await bed.metrics.unready() == "the pods have not been told yet"
         await bed.tells(synced=0, leader=0, pods=0)
         pods = [make_pod(1, SLOW), make_pod(2, SLOW), make_pod(3), make_pod(4, problem="annotation x: no")]
-        bed.controller.replace(pods)
+        tell_all(bed.controller, pods)
         # Whether it leads or not.
         assert await bed.metrics.unready() == ""
         await bed.tells(synced=1, leader=0, pods=4, pods_limited=2, pods_invalid=1, nodes=1, queue_length=0)
@@ -127,7 +129,7 @@ def test_pods_are_told_and_a_master_is_ready_when_it_knows_them() -> None:
 def test_only_who_acts_leads() -> None:
     async def calls() -> None:
         bed = Bed()
-        bed.controller.replace([])
+        tell_all(bed.controller, [])
         await bed.tells(leader=0)
         async with running(bed.controller.run()):
             await bed.tells(leader=1)
@@ -147,7 +149,7 @@ def test_the_queue_has_what_is_to_be_done() -> None:
 
         node = bed.nodes["192.0.2.1"] = Node()
         node.meanwhile = wait
-        bed.controller.replace([make_pod(number, SLOW) for number in range(20)])
+        tell_all(bed.controller, [make_pod(number, SLOW) for number in range(20)])
         async with running(bed.controller.run()):
             await bed.tells(queue_length=20, pods_awaited=0, pods_retrying=0)
             gate.set()
@@ -167,7 +169,7 @@ def test_what_failed_waits_to_be_tried_again(monkeypatch: pytest.MonkeyPatch) ->
         bed = Bed()
         node = bed.nodes["192.0.2.1"] = Node()
         node.meanwhile = refusing("attach", "FAILED_PRECONDITION")
-        bed.controller.replace([make_pod(1, SLOW)])
+        tell_all(bed.controller, [make_pod(1, SLOW)])
         async with running(bed.controller.run()):
             await bed.tells(queue_length=0, pods_retrying=1)
             bed.controller.remove(uid_of(1))
@@ -181,7 +183,7 @@ def test_pods_of_a_node_that_does_not_answer_are_in_the_queue() -> None:
         bed = Bed()
         node = bed.nodes["192.0.2.1"] = Node()
         node.meanwhile = silent("list", 10**6)
-        bed.controller.replace([make_pod(number, SLOW) for number in range(3)])
+        tell_all(bed.controller, [make_pod(number, SLOW) for number in range(3)])
         async with running(bed.controller.run()):
             await until(lambda: len(node.calls) > 2)
             await bed.tells(queue_length=3)
@@ -209,7 +211,7 @@ def test_a_change_takes_from_when_it_is_known_to_when_it_is_in_force() -> None:
                 await asyncio.sleep(0.1)
 
         node.meanwhile = slowly
-        bed.controller.replace([make_pod(1, SLOW)])
+        tell_all(bed.controller, [make_pod(1, SLOW)])
         async with running(bed.controller.run()):
             changes: tuple[Callable[[], None], ...] = (
                 lambda: None,  # what was known when it began
@@ -239,7 +241,7 @@ def test_a_failure_is_part_of_how_long_it_takes() -> None:
         bed = Bed()
         node = bed.nodes["192.0.2.1"] = Node()
         node.meanwhile = refusing("attach", "INTERNAL", 3)
-        bed.controller.replace([make_pod(1, SLOW)])
+        tell_all(bed.controller, [make_pod(1, SLOW)])
         async with running(bed.controller.run()):
             await until(lambda: reconciled(bed)[0] == 1)
             assert node.verbs() == ["attach"] * 4
@@ -252,7 +254,7 @@ def test_waiting_for_a_cgroup_is_the_kubelets_time() -> None:
         bed = Bed()
         node = bed.nodes["192.0.2.1"] = Node()
         node.absent.add(uid_of(1))
-        bed.controller.replace([make_pod(1, SLOW)])
+        tell_all(bed.controller, [make_pod(1, SLOW)])
         async with running(bed.controller.run()):
             await until(lambda: node.waiting)
             node.absent.clear()
@@ -270,7 +272,7 @@ def test_what_was_known_before_a_master_leads_is_due_from_then_on() -> None:
         bed = Bed()
         node = bed.nodes["192.0.2.1"] = Node()
         node.give(2, SLOW)
-        bed.controller.replace([make_pod(1, SLOW), make_pod(2, SLOW)])
+        tell_all(bed.controller, [make_pod(1, SLOW), make_pod(2, SLOW)])
         await asyncio.sleep(0.3)
         async with running(bed.controller.run()):
             # The other one was in force already.
@@ -328,7 +330,7 @@ def test_each_call_is_timed_by_verb_and_result(
         before = time.time()
         for _ in range(2):
             with pytest.raises(type(error)) if error else nullcontext():
-                await VERBS[verb](metrics.client("192.0.2.1", 1, None))
+                await VERBS[verb](metrics.client("192.0.2.1", 1, None, Connections(1)))
         assert await scraped(metrics, "bpfrl_call_duration_seconds_count", verb=verb, result=result) == 2
         assert value(metrics, "bpfrl_node_reachable", node="node-192.0.2.1") == reachable
         assert value(metrics, "bpfrl_nodes_unreachable") == 1 - reachable
@@ -350,7 +352,7 @@ def test_a_real_call_to_nobody_is_unreachable() -> None:
         with socket.create_server(("127.0.0.1", 0)) as found:
             free = found.getsockname()[1]
         metrics = MasterMetrics(None, 10)
-        client = metrics.client("127.0.0.1", free, None)
+        client = metrics.client("127.0.0.1", free, None, Connections(1))
         with pytest.raises(UnreachableError):
             await client.list()
         await client.close()
@@ -368,7 +370,7 @@ def test_a_call_that_this_master_gives_up_says_nothing_of_the_node(monkeypatch: 
     async def calls() -> None:
         metrics = MasterMetrics(None, 10)
         metrics.attend(lambda: census("192.0.2.1"))
-        call = asyncio.ensure_future(VERBS["attach_wait"](metrics.client("192.0.2.1", 1, None)))
+        call = asyncio.ensure_future(VERBS["attach_wait"](metrics.client("192.0.2.1", 1, None, Connections(1))))
         await a_while()
         call.cancel()
         await asyncio.gather(call, return_exceptions=True)
@@ -408,10 +410,25 @@ def test_nodes_that_are_gone_are_forgotten_and_followers_tell_of_none() -> None:
         now[0] = census("192.0.2.2")
         await metrics.refresh()
         assert [sample.labels["node"] for sample in samples(metrics, "bpfrl_node_reachable")] == ["node-192.0.2.2"]
-        assert metrics._state.records.keys() == {"192.0.2.2"}
         now[0] = census("192.0.2.2", acting=False)
         await metrics.refresh()
         assert [name for name in NODE_METRICS if samples(metrics, name)] == []
+
+    run(calls())
+
+
+def test_nodes_that_are_gone_are_forgotten_by_a_master_that_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller_module, "_PRUNE_SECONDS", 0.02)
+
+    async def calls() -> None:
+        bed = Bed()
+        tell_all(bed.controller, [make_pod(1, SLOW), make_pod(2, SLOW, node="node-2", address="192.0.2.2")])
+        for number in (1, 2):
+            bed.metrics.called(f"192.0.2.{number}", "list", "OK", 0.1)
+        async with running(bed.controller.run()):
+            await until(lambda: len(bed.nodes["192.0.2.2"].has) == 1)
+            bed.controller.remove(uid_of(2))
+            await until(lambda: bed.metrics._state.records.keys() == {"192.0.2.1"})
 
     run(calls())
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
@@ -17,7 +18,7 @@ from bpfrl.limits import Limits, PodRef
 from bpfrl.master import nodes as module
 from bpfrl.master.backoff import Backoff
 from bpfrl.master.events import Reason
-from bpfrl.master.nodes import Has, NodeWorker, Verb, Want, decide
+from bpfrl.master.nodes import Has, NodeWorker, Turns, Verb, Want, decide
 from bpfrl.units import Rate
 from tests.unit.fakes import (
     BUILD,
@@ -114,10 +115,12 @@ def test_only_a_whole_limiter_on_a_cgroup_limits_anything(found: Status | Broken
 class Played:
     """A worker and its node."""
 
-    def __init__(self, is_orphan: Callable[[str], bool] = lambda _: True, resync: float = 3600.0) -> None:
+    def __init__(
+        self, is_orphan: Callable[[str], bool] = lambda _: True, resync: float = 3600.0, turns: Turns | None = None
+    ) -> None:
         self.node = Node()
         self.told = Told()
-        self.worker = NodeWorker(self.node, self.told, resync, is_orphan)
+        self.worker = NodeWorker(self.node, self.told, resync, is_orphan, turns or Turns())
 
     def want(self, number: int, limits: Limits | None, *, lives: bool = True) -> str:
         """Want these limits for the pod with this number; returns its UID."""
@@ -1087,5 +1090,67 @@ def test_closing_closes_the_connection() -> None:
         play = Played()
         await play.worker.close()
         assert play.node.closed
+
+    run(work())
+
+
+# Many nodes.
+
+
+def test_of_many_nodes_only_so_many_are_asked_and_attached_to_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_ASKING", 3)
+    monkeypatch.setattr(module, "_ATTACHING", 4)
+
+    async def work() -> None:
+        turns = Turns()
+        plays = [Played(turns=turns) for _ in range(12)]
+        busy: Counter[str] = Counter()
+        most: Counter[str] = Counter()
+
+        async def count(verb: str, _: str) -> None:
+            busy[verb] += 1
+            most[verb] = max(most[verb], busy[verb])
+            most["both"] = max(most["both"], busy["list"] + busy["attach"])
+            await asyncio.sleep(0.002)
+            busy[verb] -= 1
+
+        async with AsyncExitStack() as stack:
+            for play in plays:
+                play.node.meanwhile = count
+                for number in range(3):
+                    play.want(number, SLOW)
+            for play in plays:
+                await stack.enter_async_context(running(play.worker.run()))
+            await until(lambda: all(len(play.node.has) == 3 for play in plays))
+        assert most == {"list": 3, "attach": 4, "both": 4}
+
+    run(work())
+
+
+def test_nodes_that_do_not_answer_take_no_turns_of_those_that_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_ASKING", 2)
+    monkeypatch.setattr(module, "_ATTACHING", 2)
+
+    async def work() -> None:
+        turns = Turns()
+        failed = 0
+
+        async def fail_then_hang(_: str, __: str) -> None:
+            nonlocal failed
+            if failed < len(gone):
+                failed += 1
+                raise UnreachableError("node 192.0.2.1: no answer")
+            await asyncio.Event().wait()
+
+        gone = [Played(turns=turns) for _ in range(4)]
+        good = Played(turns=turns)
+        async with AsyncExitStack() as stack:
+            for play in gone:
+                play.node.meanwhile = fail_then_hang
+                await stack.enter_async_context(running(play.worker.run()))
+            await until(lambda: sum(play.node.calls.count(("list",)) for play in gone) >= 6)
+            uid = good.want(1, SLOW)
+            await stack.enter_async_context(running(good.worker.run()))
+            await until(lambda: good.node.limits() == {uid: SLOW})
 
     run(work())

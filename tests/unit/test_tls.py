@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -187,6 +188,20 @@ def test_changed_files_are_read_again_and_that_is_told_once(pki: Path, caplog: p
     assert after == files(pki / "node") != before
     assert certificates.current() is after
     assert caplog.messages == [f"read the changed certificates in {pki / 'node'}"]
+
+
+def test_a_server_puts_certificates_in_place_only_where_they_have_changed(
+    pki: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(grpc, "dynamic_ssl_server_credentials", lambda *found, **_: made.append(found))
+    tls.server_credentials(tls.Certificates(pki / "node", tls.NODE))
+    [(first, changed)] = made
+    assert first
+    assert [changed(), changed()] == [None, None]
+    authority.init(pki, 30, renew=True)
+    assert changed()
+    assert changed() is None
 
 
 def test_a_mounted_secret_that_is_swapped_is_read_again(pki: Path, tmp_path: Path) -> None:
