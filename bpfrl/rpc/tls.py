@@ -143,12 +143,22 @@ def names(certificate: x509.Certificate) -> list[str]:
 
 def server_credentials(certificates: Certificates) -> grpc.ServerCredentials:
     """What a node listens with: the peer needs a certificate of the same authority."""
+    shown = certificates.current()
 
-    def configuration() -> grpc.ServerCertificateConfiguration:
-        bundle = certificates.current()
+    def configuration(bundle: Bundle) -> grpc.ServerCertificateConfiguration:
         return grpc.ssl_server_certificate_configuration([(bundle.key, bundle.certificate)], bundle.authority)
 
-    return grpc.dynamic_ssl_server_credentials(configuration(), configuration, require_client_authentication=True)
+    def change() -> grpc.ServerCertificateConfiguration | None:
+        # Asked at every handshake, one at a time. With each answer but None, gRPC frees what other handshakes may be
+        # about to use: a few hundred at once would end the process.
+        nonlocal shown
+        bundle = certificates.current()
+        if bundle == shown:
+            return None
+        shown = bundle
+        return configuration(bundle)
+
+    return grpc.dynamic_ssl_server_credentials(configuration(shown), change, require_client_authentication=True)
 
 
 def channel_credentials(bundle: Bundle) -> grpc.ChannelCredentials:
