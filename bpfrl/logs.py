@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import threading
+import time
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Final
@@ -13,6 +14,9 @@ from typing import Final
 TEXT: Final = "text"
 JSON: Final = "json"
 FORMATS: Final = (TEXT, JSON)
+# A node with 500 pods that are new to it is told of whole.
+_LINES_AT_ONCE: Final = 500.0
+_LINES_A_SECOND: Final = 5.0
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +39,29 @@ class JsonFormatter(logging.Formatter):
         if record.stack_info:
             line["stack"] = self.formatStack(record.stack_info)
         return json.dumps(line)
+
+
+class Sparing(logging.Filter):
+    """For what strangers can make a log say: some lines at once, then a few each second, and how many were left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._room = _LINES_AT_ONCE
+        self._at = time.monotonic()
+        self._left_out = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is told."""
+        now = time.monotonic()
+        self._room, self._at = min(_LINES_AT_ONCE, self._room + (now - self._at) * _LINES_A_SECOND), now
+        if self._room < 1:
+            self._left_out += 1
+            return False
+        self._room -= 1
+        if self._left_out:
+            record.msg, record.args = f"{record.getMessage()} (and {self._left_out} before it)", ()
+            self._left_out = 0
+        return True
 
 
 def set_up(form: str, level: int) -> None:

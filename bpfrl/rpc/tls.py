@@ -13,12 +13,12 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
 from threading import Lock
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, cast
 
 import grpc
 from cryptography import x509
@@ -142,7 +142,7 @@ def names(certificate: x509.Certificate) -> list[str]:
 
 
 def server_credentials(certificates: Certificates) -> grpc.ServerCredentials:
-    """What a node listens with: the peer needs a certificate of the same authority."""
+    """What a node listens with, at one port: the peer needs a certificate of the same authority."""
     shown = certificates.current()
 
     def configuration(bundle: Bundle) -> grpc.ServerCertificateConfiguration:
@@ -158,7 +158,9 @@ def server_credentials(certificates: Certificates) -> grpc.ServerCredentials:
         shown = bundle
         return configuration(bundle)
 
-    return grpc.dynamic_ssl_server_credentials(configuration(shown), change, require_client_authentication=True)
+    # The stubs do not know that None means: as before.
+    fetch = cast(Callable[[], grpc.ServerCertificateConfiguration], change)
+    return grpc.dynamic_ssl_server_credentials(configuration(shown), fetch, require_client_authentication=True)
 
 
 def channel_credentials(bundle: Bundle) -> grpc.ChannelCredentials:
