@@ -43,7 +43,7 @@ def open_kernfs(mounted: int, node: int) -> int:
 
 
 def give_back_memory() -> None:
-    """Let the kernel have what is free (malloc_trim(3)): after a thousand connections that is most of what they took."""
+    """Let the kernel have what is free (malloc_trim(3)), which after many connections is most of what they took."""
     _libc.malloc_trim(ctypes.c_size_t(0))
 
 

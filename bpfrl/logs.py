@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Final
 
+from bpfrl.plain import plain
+
 TEXT: Final = "text"
 JSON: Final = "json"
 FORMATS: Final = (TEXT, JSON)
@@ -19,6 +21,15 @@ _LINES_AT_ONCE: Final = 500.0
 _LINES_A_SECOND: Final = 5.0
 
 log = logging.getLogger(__name__)
+
+
+class TextFormatter(logging.Formatter):
+    """A record as one line for people: nobody whose name or words are in it can add a line, or speak to a terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        """The line, without what went wrong."""
+        record.message = plain(record.message)
+        return super().formatMessage(record)
 
 
 class JsonFormatter(logging.Formatter):
@@ -71,14 +82,10 @@ def set_up(form: str, level: int) -> None:
         form: :data:`TEXT` or :data:`JSON`.
         level: what is told, as in :mod:`logging`.
     """
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(message)s",
-        level=level,
-        stream=sys.stderr,
-        force=True,
-    )
+    logging.basicConfig(level=level, stream=sys.stderr, force=True)
+    made = JsonFormatter() if form == JSON else TextFormatter("%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger().handlers[0].setFormatter(made)
     if form == JSON:
-        logging.getLogger().handlers[0].setFormatter(JsonFormatter())
         logging.captureWarnings(capture=True)
         sys.excepthook = _uncaught
         threading.excepthook = lambda thread: _uncaught(thread.exc_type, thread.exc_value, thread.exc_traceback)

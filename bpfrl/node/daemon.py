@@ -45,6 +45,7 @@ _OPTIONS: Final = (
     ("grpc.max_receive_message_length", 2**17),
     # Calls that wait for pods' cgroups are the most that a master has on the way: a node has some hundred pods.
     ("grpc.max_concurrent_streams", 1_000),
+    ("grpc.http2.bdp_probe", 0),
     # Until TLS and HTTP/2 are set up. Whoever cannot show a certificate holds a connection no longer than this.
     ("grpc.server_handshake_timeout_ms", 5_000),
     # Longer than masters leave a node alone (--resync), for each end of a connection makes them look at all of it.
