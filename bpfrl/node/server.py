@@ -171,10 +171,7 @@ class NodeService(NodeServicer):
     ) -> node_pb2.ListReply:
         """Every limiter of this node."""
         async with self._answering(context, "list"):
-            if self._next_list is None:
-                self._next_list = asyncio.create_task(self._list())
-                self._next_list.add_done_callback(lambda done: done.cancelled() or done.exception())
-            return await asyncio.shield(self._next_list)
+            return await self._shared_list()
 
     async def Explain(  # noqa: N802
         self, request: node_pb2.ExplainRequest, context: _Context
@@ -213,8 +210,14 @@ class NodeService(NodeServicer):
             self._agent.stop_cooperating(cgroup_id)
             log.info("senders do not cooperate any more")
 
-    async def _list(self) -> node_pb2.ListReply:
+    async def _shared_list(self) -> node_pb2.ListReply:
         """One look for all who have asked before it began: however many ask, a change waits for one of them only."""
+        if self._next_list is None:
+            self._next_list = asyncio.create_task(self._list())
+            self._next_list.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return await asyncio.shield(self._next_list)
+
+    async def _list(self) -> node_pb2.ListReply:
         async with self._listing:
             self._next_list = None
             found = await self._do(self._agent.limiters)
