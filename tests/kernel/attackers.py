@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -51,7 +51,7 @@ class Target:
     pod: str
 
 
-def knock(port: int, number: int) -> socket.socket:
+def knock(number: int) -> socket.socket:
     """A socket that is bound to one of many addresses, so that there are ports enough."""
     opened = socket.socket()
     opened.setblocking(False)
@@ -61,7 +61,7 @@ def knock(port: int, number: int) -> socket.socket:
 
 async def plain(target: Target, number: int, port: int = 0) -> socket.socket:
     """A TCP connection over which nothing has been said."""
-    opened = knock(port, number)
+    opened = knock(number)
     await asyncio.get_running_loop().sock_connect(opened, ("127.0.0.1", port or target.port))
     return opened
 
@@ -140,7 +140,6 @@ async def many(count: int, make: Callable[[int], Awaitable[Any]]) -> list[Any]:
         )
         assert all(isinstance(each, OSError) for each in made if isinstance(each, BaseException)), made
         found += [each for each in made if not isinstance(each, BaseException)]
-    assert found
     return found
 
 
@@ -220,7 +219,7 @@ async def unfinished(target: Target) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def slow_http(target: Target) -> AsyncIterator[None]:
-    """Connections to the other port: silent, with a question that does not end, and with an answer that nobody reads."""
+    """Connections to the other port: silent, with a question that has no end, and with an answer that nobody reads."""
     said = (b"", b"GET /metrics HTTP/1.1\r\nHost: ", b"GET /metrics HTTP/1.1\r\nHost: here\r\n\r\n" * 20)
     held = await many(HTTP, lambda number: plain(target, number, target.metrics_port))
     for number, each in enumerate(held):
@@ -233,7 +232,7 @@ async def slow_http(target: Target) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def flood(target: Target, frames: Callable[[int], bytes]) -> AsyncIterator[None]:
-    """A connection of an operator that sends frames for ever, as fast as the node reads, and anew when it is cut off."""
+    """Connections of an operator that send frames for ever, as fast as the node reads, and anew when they are cut."""
     trusted, ended = context(target, "operator"), False
 
     async def send(number: int) -> None:
@@ -310,7 +309,7 @@ def oversized() -> node_pb2.ListRequest:
 
 
 def listing(target: Target) -> AbstractAsyncContextManager[None]:
-    return calling(target, "operator", lambda channel: NodeStub(channel).List(node_pb2.ListRequest()))  # type: ignore[arg-type, misc]
+    return calling(target, "operator", lambda channel: NodeStub(channel).List(node_pb2.ListRequest()))
 
 
 def explaining(target: Target) -> AbstractAsyncContextManager[None]:
@@ -330,7 +329,7 @@ def forbidden(target: Target) -> AbstractAsyncContextManager[None]:
 
 def health(target: Target) -> AbstractAsyncContextManager[None]:
     request = health_pb2.HealthCheckRequest()
-    return calling(target, "operator", lambda channel: health_pb2_grpc.HealthStub(channel).Check(request))
+    return calling(target, "operator", lambda channel: cast(Any, health_pb2_grpc.HealthStub(channel)).Check(request))
 
 
 def endless_programs(target: Target) -> AbstractAsyncContextManager[None]:
@@ -382,7 +381,7 @@ FLOODS: dict[str, Attack] = {
     "endless programs": endless_programs,
     "strangers": strangers,
 }
-HELD: tuple[Attack, ...] = (silent, slow_handshakes, slow_prefaces, idle, unfinished, slow_http)
+HELD: tuple[Attack, ...] = (idle, unfinished, slow_prefaces, slow_handshakes, silent, slow_http)
 
 
 @asynccontextmanager
@@ -397,13 +396,19 @@ async def held(target: Target) -> AsyncIterator[None]:
 ATTACKS: dict[str, Attack] = FLOODS | {"held": held}
 
 
+def say(word: str) -> None:
+    """Answer."""
+    sys.stdout.write(word + "\n")
+    sys.stdout.flush()
+
+
 async def obey(target: Target) -> None:
     """Do what stdin says."""
     while name := (await asyncio.to_thread(sys.stdin.readline)).strip():
         async with ATTACKS[name](target):
-            print("begun", flush=True)
+            say("begun")
             await asyncio.to_thread(sys.stdin.readline)
-        print("ended", flush=True)
+        say("ended")
 
 
 if __name__ == "__main__":

@@ -311,3 +311,10 @@ def test_grpc_is_given_certificates_only_when_they_have_changed(pki: Path, monke
     ca, certificate, key = files(pki / "node")
     assert change() == ((key, certificate), ca)
     assert [change() for _ in range(3)] == [None] * 3
+
+
+@pytest.mark.parametrize("damage", [lambda key: key[:-40], lambda key: key[:60] + b"!" + key[60:]])
+def test_a_damaged_key_is_told_without_what_is_in_it(folder: Path, damage: Callable[[bytes], bytes]) -> None:
+    key = (folder / "tls.key").read_bytes()
+    (folder / "tls.key").write_bytes(damage(key))
+    assert key.splitlines()[1].decode()[:20] not in refusal(folder)
