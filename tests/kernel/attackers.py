@@ -14,7 +14,7 @@ import socket
 import ssl
 import struct
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +157,6 @@ async def slow_handshakes(target: Target) -> AsyncIterator[None]:
     """TLS handshakes of which a byte comes now and then, and some that are never answered."""
     first, loop = hello(target), asyncio.get_running_loop()
     held = await many(SHAKING, lambda number: plain(target, number))
-    ended = False
 
     async def trickle() -> None:
         for place in itertools.count():
@@ -165,13 +164,9 @@ async def slow_handshakes(target: Target) -> AsyncIterator[None]:
                 with suppress(OSError):
                     await loop.sock_sendall(each, first if number % 2 and not place else first[place : place + 1])
             await asyncio.sleep(0.2)
-            if ended:
-                return
 
-    trickling = asyncio.create_task(trickle())
-    yield
-    ended = True
-    await trickling
+    async with working([trickle()]):
+        yield
     for each in held:
         each.close()
 
@@ -233,26 +228,33 @@ async def slow_http(target: Target) -> AsyncIterator[None]:
 @asynccontextmanager
 async def flood(target: Target, frames: Callable[[int], bytes]) -> AsyncIterator[None]:
     """Connections of an operator that send frames for ever, as fast as the node reads, and anew when they are cut."""
-    trusted, ended = context(target, "operator"), False
+    trusted = context(target, "operator")
 
     async def send(number: int) -> None:
-        while not ended:
+        while True:
             with suppress(OSError):
                 _, writer = await speaking(target, number, trusted)
                 try:
                     for turn in itertools.count():
-                        if ended:
-                            return
                         writer.write(frames(turn))
                         await writer.drain()
                         await asyncio.sleep(0)
                 finally:
                     writer.transport.abort()
 
-    sending = [asyncio.create_task(send(number)) for number in range(2)]
+    async with working(send(number) for number in range(2)):
+        yield
+
+
+@asynccontextmanager
+async def working(work: Iterable[Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
+    """What goes on for ever, until the context ends."""
+    tasks = [asyncio.create_task(each) for each in work]
     yield
-    ended = True
-    await asyncio.gather(*sending)
+    for task in tasks:
+        task.cancel()
+    ended = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(each, asyncio.CancelledError) for each in ended), ended
 
 
 def resets(turn: int) -> bytes:
@@ -287,18 +289,17 @@ def empty_data(turn: int) -> bytes:
 @asynccontextmanager
 async def calling(target: Target, role: str, call: Callable[[Any], Awaitable[Any]]) -> AsyncIterator[None]:
     """A hundred callers that call again as soon as they have their answer."""
-    ended = False
 
     async def again(channel: grpc.aio.Channel) -> None:
-        while not ended:
+        while True:
             with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 await call(channel)
 
-    async with connected(target.port, credentials(target.pki / role)) as channel:
-        callers = [asyncio.create_task(again(channel)) for _ in range(100)]
+    async with (
+        connected(target.port, credentials(target.pki / role)) as channel,
+        working(again(channel) for _ in range(100)),
+    ):
         yield
-        ended = True
-        await asyncio.gather(*callers)
 
 
 def oversized() -> node_pb2.ListRequest:
@@ -348,23 +349,21 @@ def endless_programs(target: Target) -> AbstractAsyncContextManager[None]:
 @asynccontextmanager
 async def strangers(target: Target) -> AsyncIterator[None]:
     """Handshakes with a certificate of another authority, one after the other: each is refused."""
-    ended, trusted = False, ssl.create_default_context(cafile=target.pki / "ca.crt")
+    trusted = ssl.create_default_context(cafile=target.pki / "ca.crt")
     trusted.set_alpn_protocols(["h2"])
     foreign = target.pki / "foreign" / "master"
     trusted.load_cert_chain(foreign / "tls.crt", foreign / "tls.key")
 
     async def again(number: int) -> None:
-        while not ended:
+        while True:
             with suppress(OSError):
                 reader, writer = await secure(target, number, trusted)
                 with suppress(OSError):
                     await reader.read()
                 writer.transport.abort()
 
-    shaking = [asyncio.create_task(again(number)) for number in range(10)]
-    yield
-    ended = True
-    await asyncio.gather(*shaking)
+    async with working(again(number) for number in range(10)):
+        yield
 
 
 FLOODS: dict[str, Attack] = {
