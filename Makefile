@@ -1,5 +1,5 @@
 # Everything runs as root: BPF programs are loaded, namespaces and cgroups are made.
-.PHONY: demo test lint bench bench-cluster bench-scale install proto generated requirements
+.PHONY: demo test lint hostile bench bench-cluster bench-scale install proto generated requirements
 
 demo: install
 	.venv/bin/python -m bench.demo
@@ -14,6 +14,10 @@ lint: install
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+
+# The attacks of tests/kernel/test_hostile.py with more connections than a node takes, and for longer.
+hostile: install
+	HOSTILE_CONNECTIONS=10000 HOSTILE_SECONDS=10 .venv/bin/pytest -rP tests/kernel/test_hostile.py
 
 bench: install
 	.venv/bin/python -m bench.run

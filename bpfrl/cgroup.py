@@ -26,6 +26,7 @@ import contextlib
 import errno
 import math
 import os
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,7 +106,7 @@ class CgroupTree:
             before, _, after = _pod_folder(parent, "*").partition("*")
             for folder in parent.glob(f"{before}*{after}"):
                 uid = folder.name.removeprefix(before).removesuffix(after).replace("_", "-")
-                if folder.name == _pod_folder(parent, uid) and folder.is_dir():
+                if folder.name == _pod_folder(parent, uid) and _is_own(folder):
                     with contextlib.suppress(InvalidValueError):
                         found.add(PodRef(uid).uid)
         return sorted(found)
@@ -127,7 +128,7 @@ class CgroupTree:
 
     def _look(self, uid: str) -> list[Path]:
         candidates = (folder / _pod_folder(folder, uid) for folder in self._parents)
-        return [folder for folder in candidates if folder.is_dir()]
+        return [folder for folder in candidates if _is_own(folder)]
 
 
 class Search:
@@ -252,6 +253,14 @@ def _parents(root: Path) -> Iterator[Path]:
         if _holds_pods(path):
             yield path
             subfolders[:] = [name for name in subfolders if _holds_pods(path / name)]
+
+
+def _is_own(folder: Path) -> bool:
+    """True for a folder of the tree. There are no links in cgroup v2, but there may be in another root."""
+    try:
+        return stat.S_ISDIR(folder.lstat().st_mode)
+    except OSError:
+        return False
 
 
 def _holds_pods(path: Path) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import click
 
-from bpfrl import __version__
+from bpfrl import __version__, logs
 from bpfrl.commands.attach import attach
 from bpfrl.commands.certs import certs
 from bpfrl.commands.completing import PROGRAM, VARIABLE, answer_a_shell
@@ -28,6 +28,7 @@ from bpfrl.commands.options import FAILURE, FOLDER, LocalNode
 from bpfrl.commands.serve import serve_master, serve_node
 from bpfrl.errors import BpfrlError, InvalidValueError
 from bpfrl.node.agent import DEFAULT_BPFFS
+from bpfrl.plain import plain
 
 _USAGE: Final = 2
 _INTERRUPTED: Final = 130
@@ -66,7 +67,7 @@ class _OneLineErrors(click.Group):
 
 
 def _die(message: str, code: int) -> None:
-    click.echo(message.replace("\n", " "), err=True)
+    click.echo(plain(message.replace("\n", " ")), err=True)
     sys.exit(code)
 
 
@@ -115,9 +116,8 @@ def cli(context: click.Context, verbose: int, bpffs: Path, cgroup_root: Path | N
       2  the options cannot be meant
       130  it was interrupted
     """
-    logging.basicConfig(
-        format="bpfrl: %(message)s", level=_LEVELS[min(verbose, len(_LEVELS) - 1)], stream=sys.stderr, force=True
-    )
+    logging.basicConfig(level=_LEVELS[min(verbose, len(_LEVELS) - 1)], stream=sys.stderr, force=True)
+    logging.getLogger().handlers[0].setFormatter(logs.TextFormatter("bpfrl: %(message)s"))
     context.obj = LocalNode(bpffs, cgroup_root)
 
 

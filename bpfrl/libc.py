@@ -1,4 +1,4 @@
-"""What bpfrl needs of libc and Python 3.11 does not have: four system calls, and a setting of malloc."""
+"""What bpfrl needs of libc and Python 3.11 does not have: four system calls, and two words to malloc."""
 
 from __future__ import annotations
 
@@ -51,6 +51,11 @@ def limit_arenas(most: int) -> None:
     """
     if hasattr(_libc, "mallopt"):
         _libc.mallopt(_ARENA_MAX, most)
+
+
+def give_back_memory() -> None:
+    """Let the kernel have what is free (malloc_trim(3)), which after many connections is most of what they took."""
+    _libc.malloc_trim(ctypes.c_size_t(0))
 
 
 def _check(result: int) -> int:

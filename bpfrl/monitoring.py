@@ -16,6 +16,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Final
 
 from aiohttp import web
@@ -39,6 +40,10 @@ log = logging.getLogger(__name__)
 # Who asks for readiness waits for a second by default (Kubernetes' timeoutSeconds).
 _READY_SECONDS: Final = 0.8
 _GRACE_SECONDS: Final = 1.0
+# Anybody may connect: who asks for nothing, or never comes to the end of it, is let go of. Prometheus connects anew.
+_IDLE_SECONDS: Final = 30.0
+# Those who are served need one for a moment each: the oldest is nobody's of them.
+_MOST_CONNECTIONS: Final = 128
 # When each series began would double what is sent, and Prometheus needs it for nothing.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
@@ -92,21 +97,40 @@ async def serving(address: str, monitored: Monitored) -> AsyncIterator[int]:
     application.add_routes(
         [web.get("/metrics", pages.metrics), web.get("/livez", pages.livez), web.get("/readyz", pages.readyz)]
     )
-    runner = web.AppRunner(application, access_log=None, shutdown_timeout=_GRACE_SECONDS)
+    runner = web.AppRunner(
+        application, access_log=None, shutdown_timeout=_GRACE_SECONDS, keepalive_timeout=_IDLE_SECONDS
+    )
     await runner.setup()
+    listener = None
     try:
         host, _, port = address.rpartition(":")
         try:
-            await web.TCPSite(runner, None if host == "[::]" else host.strip("[]"), int(port)).start()
+            listener = await asyncio.get_running_loop().create_server(
+                partial(_accept, runner), None if host == "[::]" else host.strip("[]"), int(port)
+            )
         except OSError as error:
             # asyncio writes a sentence of its own into the error, unless no such host is known.
             reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
             raise KernelError(f"cannot serve metrics on {address}: {reason}") from error
-        found: int = runner.addresses[0][1]
+        found: int = listener.sockets[0].getsockname()[1]
         log.info("metrics on %s (port %d)", address, found)
         yield found
     finally:
+        if listener:
+            listener.close()
         await runner.cleanup()
+
+
+def _accept(runner: web.AppRunner) -> asyncio.Protocol:
+    """What handles a connection that is about to be made. Where there are too many, the oldest one goes for it."""
+    server = runner.server
+    if server is None:
+        raise RuntimeError("the runner is not set up")
+    connections = server.connections
+    for oldest in connections[: len(connections) + 1 - _MOST_CONNECTIONS]:
+        if oldest.transport:
+            oldest.transport.abort()
+    return server()
 
 
 class _Pages:

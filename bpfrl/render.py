@@ -22,6 +22,7 @@ from bpfrl.bpf.layout import Counters
 from bpfrl.bpf.limiter import Broken, Status
 from bpfrl.findings import Finding, Mark
 from bpfrl.limits import Limits, PodRef
+from bpfrl.plain import plain
 from bpfrl.sparkline import Sparkline
 from bpfrl.units import Rate, format_size
 
@@ -239,9 +240,9 @@ def table(
         grid.add_column(column.title, no_wrap=not column.least, justify=justify, min_width=least)
     for each in whole:
         grid.add_row(
-            *(Text(cell, no_wrap=True, overflow="ellipsis") if isinstance(cell, str) else cell for cell in each)
+            *(Text(plain(cell), no_wrap=True, overflow="ellipsis") if isinstance(cell, str) else cell for cell in each)
         )
-    notes = (Text(note, style="red", no_wrap=True) for note in _notes(rows))
+    notes = (Text(plain(note), style="red", no_wrap=True) for note in _notes(rows))
     return Group(*([_Unpadded(grid)] if whole else []), *notes)
 
 
@@ -321,7 +322,7 @@ def checklist(findings: Sequence[Finding]) -> RenderableType:
     for finding in findings:
         lines = (*finding.found, *([f"-> {finding.advice}"] if finding.advice else []))
         mark = Text(finding.mark.value, style=_MARK_STYLES[finding.mark])
-        grid.add_row(mark, Text(finding.name), Text("\n".join(lines)))
+        grid.add_row(mark, Text(finding.name), Text("\n".join(map(plain, lines))))
     return _Unpadded(grid)
 
 

@@ -126,8 +126,7 @@ def sweep(bpffs: Path) -> list[int]:
 
 def _folders(bpffs: Path) -> list[tuple[Path, int]]:
     """What has the name of a cooperation's folder and is one: links are not followed."""
-    entries = [entry for entry in os.scandir(bpffs) if entry.is_dir(follow_symlinks=False)]
-    matches = [(Path(entry.path), _FOLDER.fullmatch(entry.name)) for entry in entries]
+    matches = [(bpffs / name, _FOLDER.fullmatch(name)) for name in libbpf.folders(bpffs)]
     return [(path, int(match[1])) for path, match in matches if match]
 
 

@@ -16,6 +16,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from ctypes import Structure, sizeof
@@ -29,6 +30,7 @@ from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import SymbolTableSection
 
+from bpfrl import files
 from bpfrl.bpf import law
 from bpfrl.bpf.layout import LAYOUT, IdentityData, LimitsData
 from bpfrl.errors import BpfrlError, CompilerError, InvalidObjectError
@@ -225,10 +227,11 @@ def _cache_folder() -> Path:
 
 
 def _kept(cached: Path) -> bytes | None:
-    """What the cache holds, unless it was damaged or is someone else's."""
+    """What the cache holds, unless it was damaged, or somebody else may have written it."""
     try:
         with cached.open("rb") as file:
-            if os.fstat(file.fileno()).st_uid != os.geteuid():
+            status = os.fstat(file.fileno())
+            if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
                 return None
             content = file.read()
     except OSError:
@@ -258,11 +261,8 @@ def _whole(content: bytes) -> bytes | None:
 def _keep(cached: Path, image: bytes) -> None:
     """Write to the cache whole or not at all; without one every process compiles, which is only slower."""
     try:
-        cached.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cached.parent) as scratch:
-            complete = Path(scratch, cached.name)
-            complete.write_bytes(_sealed(image))
-            complete.replace(cached)
+        files.make_folder(cached.parent)
+        files.write(cached, _sealed(image))
     except OSError as error:
         log.warning("no compile cache in %s: %s", cached.parent, error.strerror)
 

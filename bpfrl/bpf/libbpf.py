@@ -15,10 +15,11 @@ import ctypes
 import errno
 import os
 import re
+import stat
 import struct
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from ctypes import (
     POINTER,
     Structure,
@@ -372,16 +373,39 @@ def make_map(name: str, shape: MapShape) -> Descriptor:
 
 
 def is_folder(path: Path) -> bool:
-    """True for a folder, False where nothing is.
+    """True for a folder that is root's or this user's, False where nothing is.
 
     Raises:
         BrokenLimiterError: there is something else; links are not followed.
     """
-    if not os.path.lexists(path):
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
         return False
-    if path.is_symlink() or not path.is_dir():
+    if not stat.S_ISDIR(found.st_mode):
         raise BrokenLimiterError(f"{path} is no folder, and not made by bpfrl: remove it")
+    if not _is_safe(found):
+        raise BrokenLimiterError(f"{path} belongs to another user, and was not made by bpfrl: remove it")
     return True
+
+
+def folders(bpffs: Path) -> list[str]:
+    """The names of the folders in a bpffs that :func:`is_folder` accepts; there may be other things."""
+    found = []
+    for entry in os.scandir(bpffs):
+        with suppress(FileNotFoundError):
+            if entry.is_dir(follow_symlinks=False) and _is_safe(entry.stat(follow_symlinks=False)):
+                found.append(entry.name)
+    return found
+
+
+def _is_safe(folder: os.stat_result) -> bool:
+    """True for what nobody else can put something in the place of.
+
+    A bpffs may be writable by everybody, with the sticky bit. What belongs to another may be a link, to the limiter of
+    another pod say, by the time it is used.
+    """
+    return folder.st_uid in (0, os.geteuid())
 
 
 def open_pinned(path: Path) -> Descriptor:

@@ -8,7 +8,6 @@ visits the sockets of one network namespace, so it is run once for each namespac
 from __future__ import annotations
 
 import logging
-import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import cache
@@ -89,7 +88,7 @@ def count(storage: Descriptor, path: Path) -> Counted:
 
 def shared(bpffs: Path) -> dict[str, Descriptor]:
     """The node's map of what sockets carry, by its name, if anything pinned there has it; the caller closes it."""
-    for name in os.listdir(bpffs):
+    for name in libbpf.folders(bpffs):
         with suppress(KernelError), ExitStack() as stack:
             found = stack.enter_context(libbpf.open_pinned(bpffs / name / STORAGE))
             if libbpf.has_shape(found, SHAPE):

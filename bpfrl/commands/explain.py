@@ -46,6 +46,7 @@ from bpfrl.explanation import Explanation, Report, Request, verdict
 from bpfrl.findings import Mark
 from bpfrl.limits import PodRef
 from bpfrl.node import explain as local
+from bpfrl.plain import plain
 
 if TYPE_CHECKING:
     from bpfrl.rpc.client import NodeClient
@@ -161,7 +162,7 @@ def explain(
     mark, text = verdict(found)
     if output == "text":
         show(sections.sections(found, build))
-        click.echo(f"verdict: {text}")
+        click.echo(f"verdict: {plain(text)}")
     else:
         click.echo(render.dump(sections.document(found, build), output))
     sys.exit(FAILURE if mark is Mark.MISSING else 0)

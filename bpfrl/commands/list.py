@@ -33,6 +33,7 @@ from bpfrl.commands.progress import progress
 from bpfrl.errors import ApiError, ClusterError
 from bpfrl.history import History
 from bpfrl.node.agent import Agent
+from bpfrl.plain import plain
 from bpfrl.render import Row, View
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ def _show(place: _Place, sort_by: str | None, output: str) -> None:
     elif not found.complaints:
         click.echo(place.nothing(), err=True)
     for line in found.complaints:
-        click.echo(f"bpfrl: {line}", err=True)
+        click.echo(f"bpfrl: {plain(line)}", err=True)
     if found.complaints:
         sys.exit(FAILURE)
 
@@ -215,7 +216,7 @@ def _watch(place: _Place, sort_by: str | None, *, wide: bool) -> None:
             found = place.look()
             rows = history.follow(found.rows, found.silent)
             rows = render.sort(rows, sort_by) if sort_by else rows
-            below = [Text(line, style="red", no_wrap=True) for line in found.complaints]
+            below = [Text(plain(line), style="red", no_wrap=True) for line in found.complaints]
             if not (rows or below):
                 below = [Text(place.nothing())]
             if live:

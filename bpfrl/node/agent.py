@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -294,14 +294,10 @@ class Agent:
     def _uids(self) -> list[str]:
         """The pods that have a folder here; what has another kind of name, or is none, is not ours."""
         found = set()
-        for entry in os.scandir(self.bpffs):
-            uid = _MARK.sub("", entry.name)
-            try:
-                PodRef(uid)
-            except InvalidValueError:
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                found.add(uid)
+        for name in libbpf.folders(self.bpffs):
+            uid = _MARK.sub("", name)
+            with suppress(InvalidValueError):
+                found.add(PodRef(uid).uid)
         return sorted(found)
 
     def _look(self, uid: str) -> Status | Broken:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import signal
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Final
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from bpfrl import mounts
+from bpfrl import libc, mounts
 from bpfrl.bpf import sockets
 from bpfrl.cgroup import CgroupTree
 from bpfrl.errors import BpfrlError, KernelError
@@ -33,9 +34,22 @@ SERVICE: Final = node_pb2.DESCRIPTOR.services_by_name["Node"].full_name
 _SWEEP_SECONDS: Final = 60.0
 # Calls on the way take milliseconds; only one that waits for a cgroup is cut off.
 _GRACE_SECONDS: Final = 5.0
+# A master has one connection, people have some. One takes up to 80 KB, so that this many fit into the chart's memory
+# limit beside 500 pods; more are closed as they come.
+_MOST_CONNECTIONS: Final = 2_000
+# What else is open: pins, cgroups, and the connections of --http.
+_OWN_DESCRIPTORS: Final = 512
 _OPTIONS: Final = (
     ("grpc.so_reuseport", 0),  # a second daemon on this port is a mistake, and not to share the work
-    ("grpc.max_receive_message_length", 2**20),
+    # A master sends its programs in pieces of 64 KiB.
+    ("grpc.max_receive_message_length", 2**17),
+    # Calls that wait for pods' cgroups are the most that a master has on the way: a node has some hundred pods.
+    ("grpc.max_concurrent_streams", 1_000),
+    ("grpc.http2.bdp_probe", 0),
+    # Until TLS and HTTP/2 are set up. Whoever cannot show a certificate holds a connection no longer than this.
+    ("grpc.server_handshake_timeout_ms", 5_000),
+    # Longer than masters leave a node alone (--resync), for each end of a connection makes them look at all of it.
+    ("grpc.max_connection_idle_ms", 900_000),
     # Masters see twice a minute whether this node is still there.
     ("grpc.http2.min_ping_interval_without_data_ms", tls.KEEPALIVE_SECONDS * 500),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -110,7 +124,7 @@ async def _serve(
     *,
     cooperate: bool,
 ) -> None:
-    server = grpc.aio.server(options=_OPTIONS)
+    server = grpc.aio.server(options=(*_OPTIONS, ("grpc.max_allowed_incoming_connections", _room())))
     service = NodeService(agent, tree, roles=certificates is not None, cooperate=cooperate, observer=observer)
     add_NodeServicer_to_server(service, server)
     healthy = health.aio.HealthServicer()
@@ -147,6 +161,18 @@ async def _serve(
         await asyncio.to_thread(service.close)
 
 
+def _room() -> int:
+    """How many connections may be open at once, when this process may have as many descriptors as it can."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_CONNECTIONS + _OWN_DESCRIPTORS
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return (
+        _MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else max(1, min(_MOST_CONNECTIONS, soft - _OWN_DESCRIPTORS))
+    )
+
+
 async def _tend_for_ever(service: NodeService, observer: Observer = UNOBSERVED) -> None:
     while True:
         try:
@@ -154,6 +180,7 @@ async def _tend_for_ever(service: NodeService, observer: Observer = UNOBSERVED) 
         except (BpfrlError, OSError) as error:
             observer.failed_to_tend()
             log.warning("cannot tend this node's limiters: %s", error)
+        libc.give_back_memory()
         await asyncio.sleep(_SWEEP_SECONDS)
 
 

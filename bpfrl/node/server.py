@@ -21,6 +21,7 @@ from typing import Any, Final, TypeVar
 
 import grpc
 
+from bpfrl import logs
 from bpfrl.bpf import generator
 from bpfrl.bpf.limiter import Stage
 from bpfrl.cgroup import CgroupTree, Search
@@ -44,6 +45,9 @@ from bpfrl.rpc import messages, node_pb2, statuses, tls
 from bpfrl.rpc.node_pb2_grpc import NodeServicer
 
 log = logging.getLogger(__name__)
+# Whoever can connect can make the log say this.
+refusals = logging.getLogger(f"{__name__}.refusals")
+refusals.addFilter(logs.Sparing())
 
 Result = TypeVar("Result")
 _Context = grpc.aio.ServicerContext[Any, Any]
@@ -108,6 +112,8 @@ class NodeService(NodeServicer):
         self._observer = observer
         self._refusals = explain.Refusals()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="agent")
+        self._listing = asyncio.Lock()
+        self._next_list: asyncio.Task[node_pb2.ListReply] | None = None
         # Who only looks, which may mean at every socket of the node, keeps nobody from being limited.
         self._looker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="explain")
 
@@ -165,8 +171,7 @@ class NodeService(NodeServicer):
     ) -> node_pb2.ListReply:
         """Every limiter of this node."""
         async with self._answering(context, "list"):
-            found = await self._do(self._agent.limiters)
-            return node_pb2.ListReply(limiters=map(messages.from_limiter, found))
+            return await self._shared_list()
 
     async def Explain(  # noqa: N802
         self, request: node_pb2.ExplainRequest, context: _Context
@@ -204,6 +209,19 @@ class NodeService(NodeServicer):
         for cgroup_id in self._agent.cooperating():
             self._agent.stop_cooperating(cgroup_id)
             log.info("senders do not cooperate any more")
+
+    async def _shared_list(self) -> node_pb2.ListReply:
+        """One look for all who have asked before it began: however many ask, a change waits for one of them only."""
+        if self._next_list is None:
+            self._next_list = asyncio.create_task(self._list())
+            self._next_list.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return await asyncio.shield(self._next_list)
+
+    async def _list(self) -> node_pb2.ListReply:
+        async with self._listing:
+            self._next_list = None
+            found = await self._do(self._agent.limiters)
+        return node_pb2.ListReply(limiters=map(messages.from_limiter, found))
 
     async def _header(self, requests: _Requests) -> tuple[node_pb2.Header, PodRef, Limits]:
         try:
@@ -278,7 +296,7 @@ class NodeService(NodeServicer):
             # A pod that comes or goes, and a master that goes: neither is anybody's mistake.
             usual = isinstance(error, CgroupNotFoundError | NotLimitedError | TransferError)
             level = logging.INFO if usual else logging.WARNING
-            log.log(level, "refused %s from %s: %s", what, context.peer(), error)
+            refusals.log(level, "refused %s from %s: %s", what, context.peer(), error)
             await context.abort(statuses.code_of(error), str(error))
         except OSError as error:
             call.result = grpc.StatusCode.INTERNAL.name

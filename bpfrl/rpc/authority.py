@@ -11,8 +11,6 @@ One authority signs three certificates, one for all nodes, one for the master an
 from __future__ import annotations
 
 import base64
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -31,6 +29,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 
+from bpfrl import files
 from bpfrl.errors import CertificateError
 from bpfrl.rpc import tls
 
@@ -64,7 +63,7 @@ def init(folder: Path, days: int, *, renew: bool = False) -> list[tuple[Path, bo
     Raises:
         CertificateError: what is there already cannot be used.
     """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    files.make_folder(folder)
     made = not (folder / tls.AUTHORITY_FILE).exists()
     if made and (folder / AUTHORITY_KEY).exists():
         raise CertificateError(
@@ -79,7 +78,7 @@ def init(folder: Path, days: int, *, renew: bool = False) -> list[tuple[Path, bo
     results = [(folder / tls.AUTHORITY_FILE, made)]
     for name, (role, usage) in _ROLES.items():
         own = folder / name
-        own.mkdir(mode=0o700, exist_ok=True)
+        files.make_folder(own)
         wanted = renew or not _is_good(own, authority)
         if wanted:
             _make_certificate(own, authority, key, role, usage, min(timedelta(days=days), left))
@@ -127,8 +126,8 @@ def _make_authority(folder: Path, validity: timedelta) -> None:
         .add_extension(_usage(signs_certificates=True), critical=True)
         .sign(key, hashes.SHA256())
     )
-    _write(folder / AUTHORITY_KEY, _pem(key), 0o600)
-    _write(folder / tls.AUTHORITY_FILE, certificate.public_bytes(Encoding.PEM), 0o644)
+    files.write(folder / AUTHORITY_KEY, _pem(key))
+    files.write(folder / tls.AUTHORITY_FILE, certificate.public_bytes(Encoding.PEM), 0o644)
 
 
 def _make_certificate(
@@ -151,9 +150,9 @@ def _make_certificate(
         .sign(authority_key, hashes.SHA256())
     )
     # The daemons wait until key and certificate belong together: see tls.Certificates.
-    _write(folder / tls.KEY_FILE, _pem(key), 0o600)
-    _write(folder / tls.CERTIFICATE_FILE, certificate.public_bytes(Encoding.PEM), 0o644)
-    _write(folder / tls.AUTHORITY_FILE, authority.public_bytes(Encoding.PEM), 0o644)
+    files.write(folder / tls.KEY_FILE, _pem(key))
+    files.write(folder / tls.CERTIFICATE_FILE, certificate.public_bytes(Encoding.PEM), 0o644)
+    files.write(folder / tls.AUTHORITY_FILE, authority.public_bytes(Encoding.PEM), 0o644)
 
 
 def _builder(
@@ -215,16 +214,3 @@ def _is_good(folder: Path, authority: x509.Certificate) -> bool:
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-
-
-def _write(path: Path, content: bytes, mode: int) -> None:
-    """A file appears whole, and is at no time readable by more than it should be."""
-    number, scratch = tempfile.mkstemp(dir=path.parent, prefix=".")
-    try:
-        with os.fdopen(number, "wb") as file:
-            file.write(content)
-            os.fchmod(file.fileno(), mode)
-        Path(scratch).replace(path)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise

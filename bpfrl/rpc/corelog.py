@@ -16,7 +16,10 @@ from collections.abc import Iterable, Iterator
 from threading import Thread
 from typing import Final, NamedTuple, TextIO
 
+from bpfrl import logs
+
 log = logging.getLogger(__name__)
+log.addFilter(logs.Sparing())
 
 _RECORD: Final = re.compile(r"(?P<level>[IWEF])\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ (?P<place>[\w.]+):\d+\] (?P<text>.*)")
 _HANDSHAKE: Final = re.compile(r"CallNextHandshakerLocked: error=(?!OK)(?P<reason>.*)")

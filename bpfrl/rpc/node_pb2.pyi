@@ -200,7 +200,7 @@ class AttachRequest(_message.Message):
     HEADER_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
-    """then the program, in as many pieces as you like"""
+    """then the program, in pieces of less than 128 KiB"""
     @_builtins.property
     def header(self) -> Global___Header:
         """first, and once"""

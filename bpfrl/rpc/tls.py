@@ -13,12 +13,12 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
 from threading import Lock
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, cast
 
 import grpc
 from cryptography import x509
@@ -142,24 +142,25 @@ def names(certificate: x509.Certificate) -> list[str]:
 
 
 def server_credentials(certificates: Certificates) -> grpc.ServerCredentials:
-    """What a node listens with: the peer needs a certificate of the same authority."""
+    """What a node listens with, at one port: the peer needs a certificate of the same authority."""
     shown = certificates.current()
 
     def configuration(bundle: Bundle) -> grpc.ServerCertificateConfiguration:
         return grpc.ssl_server_certificate_configuration([(bundle.key, bundle.certificate)], bundle.authority)
 
-    def changed() -> grpc.ServerCertificateConfiguration | None:
-        # gRPC asks at each handshake. A configuration that says the same would take the place of the one that other
-        # handshakes are using, on other threads: many connections at once then end the process (grpcio 1.85).
+    def change() -> grpc.ServerCertificateConfiguration | None:
+        # Asked at every handshake, one at a time. With each answer but None, gRPC frees what other handshakes may be
+        # about to use: a few hundred at once would end the process (grpcio 1.85).
         nonlocal shown
-        before, shown = shown, certificates.current()
-        return configuration(shown) if shown != before else None
+        bundle = certificates.current()
+        if bundle == shown:
+            return None
+        shown = bundle
+        return configuration(bundle)
 
-    return grpc.dynamic_ssl_server_credentials(
-        configuration(shown),
-        changed,  # type: ignore[arg-type] # None is allowed, and the types do not know
-        require_client_authentication=True,
-    )
+    # The stubs do not know that None means: as before.
+    fetch = cast(Callable[[], grpc.ServerCertificateConfiguration], change)
+    return grpc.dynamic_ssl_server_credentials(configuration(shown), fetch, require_client_authentication=True)
 
 
 def channel_credentials(bundle: Bundle) -> grpc.ChannelCredentials:

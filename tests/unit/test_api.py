@@ -4,6 +4,7 @@ import asyncio
 import base64
 import inspect
 import json
+import logging
 import socket
 import ssl
 from collections.abc import AsyncIterator
@@ -495,3 +496,55 @@ def test_a_namespace_that_is_not_named_is_told_in_one_line(
 def test_who_names_no_cluster_gets_the_callers_advice(tmp_path: Path) -> None:
     with pytest.raises(ClusterError, match=r"is not there \(do something else\)$"):
         run(connect(tmp_path / "nowhere", None, "do something else"))
+
+
+# What nobody is told.
+
+TOKEN = "hunter2hunter2hunter2"  # noqa: S105 - it is nobody's
+
+
+@pytest.mark.usefixtures("nothing")
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"users:\n- name: me\n  user: {{token: {TOKEN}",
+        f'users:\n- name: me\n  user:\n    token: "{TOKEN}\n',
+        f"users:\n- name: me\n  user:\n    token: {TOKEN}: {TOKEN}\n",
+        f"users:\n- user:\n    token: {TOKEN}\ncurrent-context: here\ncontexts: [{{name: here}}]",
+        f"current-context: here\ncontexts: [{{name: here, context: {{cluster: a, user: {{token: {TOKEN}}}}}}}]",
+        f"users: {TOKEN}",
+    ],
+)
+def test_a_malformed_kubeconfig_is_told_without_what_is_secret_in_it(
+    text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    (tmp_path / "kubeconfig").write_text(text)
+    with pytest.raises(ClusterError) as caught:
+        run(server_of(tmp_path / "kubeconfig"))
+    assert TOKEN not in str(caught.value) + caplog.text
+
+
+@pytest.mark.parametrize("status", [200, 401, 500])
+def test_no_level_of_the_log_has_the_token_nor_what_was_said(
+    status: int, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    told = []
+
+    async def answer(_: web.BaseRequest) -> web.StreamResponse:
+        return web.json_response({"message": "no", "data": TOKEN}, status=status)
+
+    async def work() -> None:
+        async with api_server(answer) as client:
+            client.configuration.debug = True
+            client.configuration.api_key["BearerToken"] = f"Bearer {TOKEN}"
+            try:
+                async with Api(client).request("PUT", "/api/v1/x", body={"data": TOKEN}) as response:
+                    await response.read()
+            except ApiError as error:
+                told.append(str(error))
+
+    run(work())
+    assert len(told) == (status != 200)
+    assert TOKEN not in "".join((*told, caplog.text, *capsys.readouterr()))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -231,3 +232,22 @@ def test_they_are_the_secrets_that_certs_secrets_prints(secrets: Secrets, tmp_pa
     for secret in printed:
         kept = secrets.kept[secret["metadata"]["name"]]
         assert (kept["type"], set(kept["data"])) == (secret["type"], set(secret["data"]))
+
+
+def test_no_level_of_the_log_has_a_key(
+    secrets: Secrets, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    keep(secrets)
+    secrets.kept["bpfrl-node"]["data"]["tls.crt"] = ""
+    keep(secrets)
+    keep(secrets, renew=True)
+    secrets.kept[certificates.AUTHORITY]["data"]["tls.crt"] = "AAAA"
+    with pytest.raises(CertificateError) as caught:
+        keep(secrets)
+    said = "".join((str(caught.value), caplog.text, *capsys.readouterr()))
+    for name in NAMES:
+        key = secrets.file(name, "tls.key").decode()
+        assert "PRIVATE KEY" in key
+        lines = [line for line in key.splitlines() if not line.startswith("-")]
+        assert not [part for part in (*lines, secrets.kept[name]["data"]["tls.key"][:80]) if part in said]

@@ -151,8 +151,8 @@ from bpfrl.rpc import tls
 
 async def serve():
     server = grpc.aio.server()
-    credentials = tls.server_credentials(tls.Certificates(Path(sys.argv[2]), tls.NODE))
-    ports = [server.add_secure_port(host + ":0", credentials) for host in ("127.0.0.1", "[::1]")]
+    node = tls.Certificates(Path(sys.argv[2]), tls.NODE)
+    ports = [server.add_secure_port(host + ":0", tls.server_credentials(node)) for host in ("127.0.0.1", "[::1]")]
     await server.start()
     print(*ports, flush=True)
     await asyncio.to_thread(sys.stdin.read)

@@ -375,7 +375,7 @@ def test_without_a_cache_it_works_and_warns_in_one_line(
     where: str,
 ) -> None:
     if where == "full":
-        monkeypatch.setattr(Path, "write_bytes", no_space)
+        monkeypatch.setattr(Path, "replace", no_space)
     else:
         tmp_path.joinpath("file").touch()
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -387,7 +387,7 @@ def test_without_a_cache_it_works_and_warns_in_one_line(
     assert record.getMessage().endswith(("Not a directory", "No space left on device"))
 
 
-def no_space(path: Path, _: bytes) -> int:
+def no_space(path: Path, _: Path) -> Path:
     raise OSError(28, os.strerror(28), str(path))
 
 

@@ -6,13 +6,14 @@ import json
 import logging
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bpfrl.logs import JsonFormatter
+from bpfrl.logs import JsonFormatter, Sparing, TextFormatter
 
 COMMAND = Path(sys.executable).with_name("bpfrl")
 
@@ -121,3 +122,32 @@ def test_a_daemon_that_cannot_start_says_one_line_in_that_form(tmp_path: Path, f
     else:
         [found] = records(result.stderr)
         assert (found["level"], found["message"]) == ("critical", message)
+
+
+# What others can make a log say.
+
+
+def test_a_line_for_people_is_one_line_and_tells_a_terminal_nothing() -> None:
+    record = logging.makeLogRecord({"msg": "%s limited", "args": ("web\n\x1b[2Jall is well",), "levelname": "INFO"})
+    assert TextFormatter("%(levelname)s %(message)s").format(record) == "INFO web\\n\\x1b[2Jall is well limited"
+
+
+def test_who_repeats_himself_is_told_of_for_a_while_and_then_counted(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    log = logging.getLogger(f"{__name__}.played")
+    log.propagate = False
+    log.addHandler(caplog.handler)
+    log.addFilter(Sparing())
+    for number in range(10_000):
+        log.warning("refused %d", number)
+    assert len(caplog.messages) == 500
+    now += 1.0
+    for number in range(10):
+        log.warning("again %d", number)
+    assert caplog.messages[500:] == ["again 0 (and 9500 before it)", *(f"again {number}" for number in range(1, 5))]
+    now += 3600.0
+    log.warning("later")
+    assert caplog.messages[-1] == "later (and 5 before it)"

@@ -6,7 +6,7 @@ import asyncio
 import gzip
 import socket
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -301,3 +301,59 @@ def test_every_address_is_both_kinds_of_ip() -> None:
                 await writer.wait_closed()
 
     run(calls())
+
+
+# Who holds on to connections.
+
+
+async def connected(port: int, said: bytes = b"") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(said)
+    return reader, writer
+
+
+async def ended(reader: asyncio.StreamReader) -> bool:
+    with suppress(ConnectionError):
+        return not await reader.read(1)
+    return True
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /livez HTTP/1.1\r\nHost: "], ids=["nothing", "half a question"])
+def test_who_asks_for_nothing_is_let_go_of(monkeypatch: pytest.MonkeyPatch, said: bytes) -> None:
+    monkeypatch.setattr(monitoring, "_IDLE_SECONDS", 0.1)
+
+    async def calls() -> None:
+        async with browsing(Shown()) as browser:
+            reader, writer = await connected(browser.port, said)
+            assert await ended(reader)
+            writer.close()
+
+    run(calls())
+
+
+@pytest.mark.parametrize("said", [b"", b"GET ", b"GET /metrics HTTP/1.1\r\nHost: here\r\n\r\n" * 20])
+def test_who_comes_takes_the_place_of_who_came_first(monkeypatch: pytest.MonkeyPatch, said: bytes) -> None:
+    monkeypatch.setattr(monitoring, "_MOST_CONNECTIONS", 8)
+
+    async def calls() -> None:
+        async with browsing(Shown()) as browser:
+            held = [await connected(browser.port, said) for _ in range(100)]
+            for _ in range(3):
+                assert (await browser.get("/livez")).text == "ok\n"
+            for _, writer in held[:50]:
+                assert await gone(writer)
+            for _, writer in held:
+                writer.close()
+
+    run(calls())
+
+
+async def gone(writer: asyncio.StreamWriter) -> bool:
+    """Whether the other end has let go of it: what is sent there sooner or later fails."""
+    with suppress(ConnectionError):
+        async with asyncio.timeout(2):
+            while not writer.is_closing():
+                writer.write(b" ")
+                await writer.drain()
+                await asyncio.sleep(0.001)
+    return True

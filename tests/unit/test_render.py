@@ -12,6 +12,7 @@ from rich.console import Console
 from bpfrl import render
 from bpfrl.bpf.layout import Counters
 from bpfrl.bpf.limiter import Broken, Status
+from bpfrl.findings import Finding, Mark
 from bpfrl.limits import Limits, PodRef
 from bpfrl.render import Row, Sample, View
 from bpfrl.units import Rate
@@ -127,6 +128,20 @@ def test_without_a_whole_limiter_there_is_no_table_over_what_is_broken() -> None
 def test_what_others_wrote_is_shown_as_it_is(reason: str) -> None:
     assert f": {reason}" in drawn(piped(), [], [Broken(STATIC_UID, reason)])
     assert reason in drawn(piped(), [Row(WEB, NOW, Path(reason))], [], wide=True)
+
+
+def test_what_a_node_says_tells_a_terminal_nothing() -> None:
+    """Nor does what somebody has written into an annotation or an Event."""
+    said = "\x1b[2J\x1b]0;title\x07\nall is well\x9b31m\u202e"
+    told = "\\x1b[2J\\x1b]0;title\\x07\\nall is well\\x9b31m\\u202e"
+    assert f": {told}\n" in drawn(piped(), [], [Broken(STATIC_UID, said)])
+    console = piped()
+    console.print(render.checklist([Finding("pod", Mark.OK, (said,), said)]))
+    assert isinstance(console.file, StringIO)
+    assert [line.strip() for line in console.file.getvalue().splitlines()] == [
+        f"{Mark.OK.value}  pod  {told}",
+        f"-> {told}",
+    ]
 
 
 def test_what_is_piped_is_plain_text_without_boxes_and_whole() -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +26,7 @@ from bpfrl.node.agent import Agent
 from bpfrl.node.server import NodeService
 from bpfrl.rpc import authority, node_pb2, tls
 from bpfrl.rpc.node_pb2_grpc import NodeStub, add_NodeServicer_to_server
+from bpfrl.units import Rate
 from tests.unit.fakes import UID, run, running, until
 
 TOPS = [Path("/x/kubepods.slice"), Path("/x/kubelet.slice/kubelet-kubepods.slice")]
@@ -278,3 +281,71 @@ def test_every_call_of_the_service_says_who_may_make_it() -> None:
     methods = node_pb2.DESCRIPTOR.services_by_name["Node"].methods
     assert {method.name.lower() for method in methods} == set(server._MAY)
     assert all(tls.MASTER in roles for roles in server._MAY.values())
+
+
+# Who asks too much.
+
+
+def test_a_change_waits_for_one_look_however_many_ask(played: Played, makes: Makes) -> None:
+    service, context = makes(True), cast(Any, None)
+
+    def look() -> list[object]:
+        played.calls.append("limiters")
+        time.sleep(0.05)
+        return []
+
+    played.limiters = look  # type: ignore[method-assign]
+
+    async def ask() -> None:
+        asking = [asyncio.create_task(service.List(node_pb2.ListRequest(), context)) for _ in range(100)]
+        await until(lambda: played.calls)
+        later = [asyncio.create_task(service.List(node_pb2.ListRequest(), context)) for _ in range(100)]
+        await asyncio.sleep(0)
+        start = time.monotonic()
+        await service._do(played.update, UID, Limits(Rate(10**6)))
+        assert time.monotonic() - start < 1
+        await asyncio.gather(*asking, *later)
+        # Who asks while somebody looks has an answer of later than that.
+        assert played.calls.count("limiters") == 2
+
+    run(ask())
+
+
+def test_a_look_that_fails_is_everybodys_and_the_next_one_is_another(played: Played, makes: Makes) -> None:
+    service = makes(True)
+
+    async def look() -> node_pb2.ListReply:
+        return await service._shared_list()
+
+    async def ask() -> None:
+        played.failing["limiters"] = KernelError("played")
+        failed = await asyncio.gather(look(), look(), return_exceptions=True)
+        assert [str(each) for each in failed] == ["played"] * 2
+        played.failing.clear()
+        goes, stays = asyncio.create_task(look()), asyncio.create_task(look())
+        await asyncio.sleep(0)
+        goes.cancel()
+        assert not (await stays).limiters
+
+    run(ask())
+
+
+@pytest.mark.parametrize(
+    ("limits", "room", "soft"),
+    [
+        ((1024, 524_288), 2_000, 2_512),
+        ((1024, -1), 2_000, 2_512),
+        ((-1, -1), 2_000, -1),
+        ((1_000_000, 1_000_000), 2_000, 1_000_000),
+        ((1024, 1024), 512, 1024),
+        ((256, 256), 1, 256),
+    ],
+)
+def test_connections_leave_descriptors_for_the_work(
+    monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int], room: int, soft: int
+) -> None:
+    now = [limits]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: now[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, wanted: now.append(wanted))
+    assert daemon._room() == room
+    assert now[-1] == (soft, limits[1])

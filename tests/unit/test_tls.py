@@ -308,3 +308,27 @@ def test_loopback_is_where_no_other_machine_is(host: str) -> None:
 )
 def test_everywhere_else_is_not_loopback(host: str) -> None:
     assert not tls.is_loopback(host)
+
+
+# What a node listens with.
+
+
+def test_grpc_is_given_certificates_only_when_they_have_changed(pki: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With each that it is given, it frees what handshakes under way may be about to use."""
+    asked: list[Callable[[], Any]] = []
+    monkeypatch.setattr(grpc, "ssl_server_certificate_configuration", lambda pairs, roots: (*pairs, roots))
+    monkeypatch.setattr(grpc, "dynamic_ssl_server_credentials", lambda _, fetch, **__: asked.append(fetch))
+    tls.server_credentials(tls.Certificates(pki / "node", tls.NODE))
+    [change] = asked
+    assert [change() for _ in range(3)] == [None] * 3
+    authority.init(pki, 30, renew=True)
+    ca, certificate, key = files(pki / "node")
+    assert change() == ((key, certificate), ca)
+    assert [change() for _ in range(3)] == [None] * 3
+
+
+@pytest.mark.parametrize("damage", [lambda key: key[:-40], lambda key: key[:60] + b"!" + key[60:]])
+def test_a_damaged_key_is_told_without_what_is_in_it(folder: Path, damage: Callable[[bytes], bytes]) -> None:
+    key = (folder / "tls.key").read_bytes()
+    (folder / "tls.key").write_bytes(damage(key))
+    assert key.splitlines()[1].decode()[:20] not in refusal(folder)
