@@ -53,6 +53,11 @@ class Daemon:
     process: subprocess.Popen[bytes] | None = None
     _before: int = field(default=0, init=False)
 
+    @property
+    def alive(self) -> bool:
+        """True while it runs."""
+        return self.process is not None and self.process.poll() is None
+
     def start(self) -> None:
         """Start it, if it does not run."""
         if self.process is None:

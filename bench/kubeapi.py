@@ -164,6 +164,17 @@ class Api(ABC):
         self.stop()
         self.start()
 
+    @property
+    def pid(self) -> int:
+        """The server's process.
+
+        Raises:
+            RuntimeError: it does not run.
+        """
+        if self._server is None:
+            raise RuntimeError("it does not run")
+        return self._server.pid
+
     def _end(self, signum: signal.Signals) -> None:
         if self._server is not None:
             self._server.end(signum)
@@ -496,6 +507,10 @@ class _Process:
             self._child = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, cwd=_ROOT
             )
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
 
     def ended(self) -> bool:
         return self._child.poll() is not None

@@ -1,0 +1,723 @@
+"""Everything that may go wrong, and that all comes right again: ``python -m bench.faults --help``.
+
+Each fault happens to a cluster of :mod:`bench.chaos` while pods are created, annotated, completed and deleted. After its
+end every node's kernel must come to what the pods ask for within the time that is stated with the fault, and nothing may
+be left over: no pin, program, link or map, no process, descriptor or mount. The stated times, and those that were
+measured last, are in docs/faults.md, which this writes.
+
+What is done follows from the seed, as in :mod:`bench.chaos`; :mod:`bench.soak` has the same faults happen at random, and
+:mod:`bench.steps` kills and refuses at each single system call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import click
+
+from bench import chaos, inject
+from bench.chaos import ChaosError, Cluster, Disturbance
+from bench.converge import pid
+from bench.fleet import NODE_PORT, Daemon, Node, wait_for
+from bench.kubeapi import RealApi, StandIn
+from bench.lab import BPFRL, in_namespace, run
+from bench.record import Machine
+
+_START_SECONDS: Final = 30.0
+_DAY_SECONDS: Final = 86_400
+_PODS: Final = "/api/v1/pods"
+# What a daemon may open beside what it has: too little for any call.
+_SPARE_DESCRIPTORS: Final = 1
+_MEMORY: Final = Path("/sys/fs/cgroup/memory")
+_DIGEST_BYTES: Final = hashlib.sha256().digest_size
+
+
+class Group:
+    """What faults happen to, as headings of the page."""
+
+    PROCESSES = "Processes"
+    API = "The API server"
+    NETWORK = "The network between master and node"
+    NODE = "The node"
+    CERTIFICATES = "Certificates and clocks"
+    STEPS = "Each single step"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault, as it is told.
+
+    Attributes:
+        group: under which heading.
+        what: what is done, for people.
+        disturbance: what does it.
+        stand_in: whether only the stand-in API server can do it.
+        often: whether it may happen in a soak: it takes no minutes.
+    """
+
+    group: str
+    what: str
+    disturbance: Disturbance
+    stand_in: bool
+    often: bool
+
+
+FAULTS: Final[dict[str, Fault]] = {}
+_Happens = Callable[[Cluster, ExitStack], Iterator[None]]
+
+
+def _fault(
+    group: str, name: str, what: str, *, lasts: float, within: float, served: bool = True, stand_in: bool = False
+) -> Callable[[_Happens], _Happens]:
+    def register(happens: _Happens) -> _Happens:
+        disturbance = Disturbance(name, contextmanager(happens), lasts, within, served)
+        FAULTS[name] = Fault(group, what, disturbance, stand_in, often=lasts <= _OFTEN_SECONDS)
+        return happens
+
+    return register
+
+
+_OFTEN_SECONDS: Final = 10.0
+
+
+def _victim(cluster: Cluster) -> Node:
+    """The node that a fault meets: not the last one, whose daemon always lives, so that what it leaks adds up."""
+    return cluster.dice.choice(cluster.bed.nodes[:-1])
+
+
+# Processes.
+
+
+@_fault(Group.PROCESSES, "node killed", "`kill -9` of a node's daemon; started again after 2 s", lasts=2, within=15)
+def _node_killed(cluster: Cluster, _: ExitStack) -> Iterator[None]:
+    node = _victim(cluster)
+    node.daemon.kill()
+    yield
+    node.daemon.start()
+
+
+@_fault(Group.PROCESSES, "node stopped", "a node's daemon does nothing for 8 s (SIGSTOP)", lasts=8, within=30)
+def _node_stopped(cluster: Cluster, _: ExitStack) -> Iterator[None]:
+    with inject.stopped(pid(_victim(cluster).daemon)):
+        yield
+
+
+@_fault(
+    Group.PROCESSES,
+    "leader killed",
+    "`kill -9` of the master that leads; the other takes the Lease over",
+    lasts=2,
+    within=30,
+)
+def _leader_killed(cluster: Cluster, _: ExitStack) -> Iterator[None]:
+    leader = cluster.leader()
+    leader.kill()
+    yield
+    leader.start()
+
+
+@_fault(
+    Group.PROCESSES,
+    "leader stopped",
+    "the leading master does nothing for 8 s, longer than its Lease: two believe that they lead",
+    lasts=8,
+    within=30,
+)
+def _leader_stopped(cluster: Cluster, _: ExitStack) -> Iterator[None]:
+    with inject.stopped(pid(cluster.leader())):
+        yield
+
+
+# The API server.
+
+
+@_fault(
+    Group.API, "server killed", "`kill -9` of the API server; started again after 3 s", lasts=3, within=30, served=False
+)
+def _server_killed(cluster: Cluster, _: ExitStack) -> Iterator[None]:
+    cluster.api.kill()
+    yield
+    cluster.api.start()
+
+
+@_fault(
+    Group.API,
+    "server stopped",
+    "the API server takes connections and does not answer for 8 s (SIGSTOP)",
+    lasts=8,
+    within=40,
+    served=False,
+)
+def _server_stopped(cluster: Cluster, _: ExitStack) -> Iterator[None]:
+    with inject.stopped(cluster.api.pid):
+        yield
+
+
+def _hindered(
+    name: str, what: str, lasts: float, within: float, begins: Sequence[dict[str, object]], **end: object
+) -> None:
+    """A fault that the stand-in has itself."""
+
+    def happens(cluster: Cluster, _: ExitStack) -> Iterator[None]:
+        assert isinstance(cluster.api, StandIn)  # noqa: S101 - it is registered for nothing else
+        for begin in begins:
+            cluster.api.faults(**begin)
+        yield
+        cluster.api.faults(**end)
+
+    _fault(Group.API, name, what, lasts=lasts, within=within, stand_in=True)(happens)
+
+
+def _refusing(code: int, **more: object) -> dict[str, object]:
+    return {"status": {"code": code, "count": 10**6, "path": _PODS, **more}}
+
+
+_AGAIN: Final[dict[str, object]] = {"drop": True}
+_hindered(
+    "server says 429",
+    "watches break; the API server refuses all lists and watches with 429 and Retry-After: 1",
+    5,
+    20,
+    [_refusing(429, retryAfter=1), _AGAIN],
+    status=None,
+)
+_hindered("server says 500", "the same with 500", 5, 30, [_refusing(500), _AGAIN], status=None)
+_hindered(
+    "server says 410",
+    "history is forgotten; all watches are told 410, and the lists that follow 500",
+    3,
+    20,
+    [_refusing(500, verb="list"), {"compact": True}],
+    status=None,
+)
+_hindered("server breaks connections", "watches are cut off without a word", 2, 10, [_AGAIN], drop=True)
+_hindered("server sends garbage", "watches get a line that is no JSON", 2, 10, [{"garbage": True}], garbage=True)
+_hindered("server stalls", "watches stay open and are silent for 5 s", 5, 10, [{"stall": True}], stall=False)
+_hindered(
+    "server trickles",
+    "lists and watches come at 2 kB/s; watches break before",
+    5,
+    30,
+    [{"trickle": 2048}, _AGAIN],
+    trickle=0,
+)
+_hindered(
+    "server truncates lists",
+    "history is forgotten; lists break off half-way for 5 s",
+    5,
+    20,
+    [{"truncate": True}, {"compact": True}],
+    truncate=False,
+)
+
+
+@_fault(
+    Group.API,
+    "server out of reach",
+    "packets to and from the API server get lost for 8 s: no reset comes",
+    lasts=8,
+    within=60,
+    served=False,
+)
+def _server_lost(cluster: Cluster, _: ExitStack) -> Iterator[None]:
+    with inject.lost(
+        cluster.bed.tag, f"OUTPUT -p tcp --dport {cluster.api.port}", f"OUTPUT -p tcp --sport {cluster.api.port}"
+    ):
+        yield
+
+
+@_fault(
+    Group.API,
+    "server's connections forgotten",
+    "what is open to the API server is silent for ever, as behind a"
+    " gateway that has forgotten it; new connections work",
+    lasts=11,
+    within=180,
+)
+def _server_half_open(cluster: Cluster, undo: ExitStack) -> Iterator[None]:
+    # They stay lost until all is well again.
+    ports = _connected(cluster, cluster.api.port)
+    undo.enter_context(
+        inject.lost(
+            cluster.bed.tag,
+            *(f"OUTPUT -p tcp --sport {port} --dport {cluster.api.port}" for port in ports),
+            *(f"OUTPUT -p tcp --dport {port} --sport {cluster.api.port}" for port in ports),
+        )
+    )
+    yield
+
+
+def _connected(cluster: Cluster, port: int) -> list[int]:
+    """The local ports of the masters' connections to a port here."""
+    command = in_namespace(cluster.bed.tag, "ss", "-Htnp", "state", "established", f"( dport = :{port} )")
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    pids = [f"pid={pid(master)}," for master in cluster.bed.masters]
+    return [int(line.split()[2].rpartition(":")[2]) for line in lines if any(each in line for each in pids)]
+
+
+# The network.
+
+
+@_fault(
+    Group.NETWORK,
+    "cable pulled",
+    "a node's link is down for 5 s: nothing is refused, and nothing answers",
+    lasts=5,
+    within=30,
+)
+def _cable_pulled(cluster: Cluster, _: ExitStack) -> Iterator[None]:
+    node = _victim(cluster)
+    node.disconnect()
+    yield
+    node.connect()
+
+
+@_fault(
+    Group.NETWORK,
+    "partition",
+    "a node's link is down for 60 s, longer than connections are kept alive",
+    lasts=60,
+    within=40,
+)
+def _partition(cluster: Cluster, _: ExitStack) -> Iterator[None]:
+    node = _victim(cluster)
+    node.disconnect()
+    yield
+    node.connect()
+
+
+@_fault(
+    Group.NETWORK,
+    "node hears nothing",
+    "what is sent to a node gets lost for 8 s, not what it sends",
+    lasts=8,
+    within=40,
+)
+def _deaf(cluster: Cluster, _: ExitStack) -> Iterator[None]:
+    with inject.lost(_victim(cluster).namespace, "INPUT -i eth0"):
+        yield
+
+
+@_fault(
+    Group.NETWORK,
+    "node is not heard",
+    "what a node sends gets lost for 8 s, not what is sent to it: what was asked is done, and nobody hears of it",
+    lasts=8,
+    within=40,
+)
+def _mute(cluster: Cluster, _: ExitStack) -> Iterator[None]:
+    with inject.lost(_victim(cluster).namespace, f"OUTPUT -p tcp --sport {NODE_PORT}"):
+        yield
+
+
+@_fault(Group.NETWORK, "30 % loss", "30 % of all packets to and from all nodes get lost for 10 s", lasts=10, within=40)
+def _lossy(cluster: Cluster, _: ExitStack) -> Iterator[None]:
+    chance = "-m statistic --mode random --probability 0.3"
+    with ExitStack() as stack:
+        for node in cluster.bed.nodes:
+            stack.enter_context(inject.lost(node.namespace, f"INPUT -i eth0 {chance}", f"OUTPUT -o eth0 {chance}"))
+        yield
+
+
+# The node.
+
+
+def _umount(path: Path) -> None:
+    # A daemon that holds its lock there is done in a moment.
+    def unmounted() -> bool:
+        return subprocess.run(["umount", path], capture_output=True, check=False).returncode == 0
+
+    wait_for(unmounted, _START_SECONDS)
+
+
+@_fault(
+    Group.NODE,
+    "bpffs remounted",
+    "a node's bpffs is unmounted and mounted anew under the daemon: all pins are gone, and with them all limits",
+    lasts=2,
+    within=75,
+)
+def _bpffs_remounted(cluster: Cluster, _: ExitStack) -> Iterator[None]:
+    node = _victim(cluster)
+    _umount(node.bpffs)
+    run("mount", "-t", "bpf", "bpf", str(node.bpffs))
+    yield
+
+
+@_fault(
+    Group.NODE,
+    "bpffs hidden",
+    "another bpffs is mounted over a node's for 3 s: limits are in force, and nobody sees them",
+    lasts=3,
+    within=75,
+)
+def _bpffs_hidden(cluster: Cluster, _: ExitStack) -> Iterator[None]:
+    node = _victim(cluster)
+    run("mount", "-t", "bpf", "bpf", str(node.bpffs))
+    yield
+    _umount(node.bpffs)
+
+
+@_fault(Group.NODE, "bpffs read-only", "a node's bpffs is read-only for 3 s", lasts=3, within=30)
+def _bpffs_read_only(cluster: Cluster, _: ExitStack) -> Iterator[None]:
+    node = _victim(cluster)
+    run("mount", "-o", "remount,bind,ro", str(node.bpffs))
+    yield
+    run("mount", "-o", "remount,bind,rw", str(node.bpffs))
+
+
+@_fault(
+    Group.NODE,
+    "cgroups come and go",
+    "pods' cgroups are removed at any moment of attaching, for 4 s",
+    lasts=4,
+    within=30,
+)
+def _cgroups_flicker(cluster: Cluster, _: ExitStack) -> Iterator[None]:
+    end = time.monotonic() + 4
+    while time.monotonic() < end:
+        cluster.flicker(cluster.dice.uniform(0, 0.03))
+    yield
+
+
+@_fault(
+    Group.NODE,
+    "cgroups made anew",
+    "all cgroups of a node's pods are removed, and made again with the same UIDs",
+    lasts=1,
+    within=75,
+)
+def _cgroups_anew(cluster: Cluster, _: ExitStack) -> Iterator[None]:
+    cluster.restart_pods(_victim(cluster))
+    yield
+
+
+@_fault(
+    Group.NODE,
+    "node out of descriptors",
+    "a node's daemon can open no file for 4 s (RLIMIT_NOFILE)",
+    lasts=4,
+    within=30,
+)
+def _node_out_of_files(cluster: Cluster, _: ExitStack) -> Iterator[None]:
+    with _out_of_descriptors(_victim(cluster).daemon):
+        yield
+
+
+@_fault(
+    Group.NODE,
+    "master out of descriptors",
+    "the leading master can open no file for 4 s, and its connections break",
+    lasts=4,
+    within=40,
+)
+def _master_out_of_files(cluster: Cluster, _: ExitStack) -> Iterator[None]:
+    with _out_of_descriptors(cluster.leader()):
+        if isinstance(cluster.api, StandIn):
+            cluster.api.faults(drop=True)
+        yield
+
+
+@contextmanager
+def _out_of_descriptors(daemon: Daemon) -> Iterator[None]:
+    number = pid(daemon)
+    before = resource.prlimit(number, resource.RLIMIT_NOFILE)
+    highest = max(int(name) for name in os.listdir(f"/proc/{number}/fd"))
+    resource.prlimit(number, resource.RLIMIT_NOFILE, (min(highest, _SPARE_DESCRIPTORS), before[1]))
+    yield
+    resource.prlimit(number, resource.RLIMIT_NOFILE, before)
+
+
+def _refused_by_kernel(error: str) -> None:
+    def happens(cluster: Cluster, _: ExitStack) -> Iterator[None]:
+        with inject.system_calls(pid(_victim(cluster).daemon), f"bpf:error={error}:when=5+7"):
+            yield
+
+    _fault(
+        Group.NODE,
+        f"bpf() says {error}",
+        f"every seventh bpf() of a node's daemon fails with {error} for 4 s",
+        lasts=4,
+        within=40,
+    )(happens)
+
+
+for _error in ("ENOMEM", "ENOSPC", "EPERM", "EBUSY"):
+    _refused_by_kernel(_error)
+
+
+@_fault(
+    Group.NODE,
+    "no memory",
+    "a node's daemon may have no more memory than it has: the kernel ends it; it is started again",
+    lasts=4,
+    within=30,
+)
+def _no_memory(cluster: Cluster, _: ExitStack) -> Iterator[None]:
+    daemon = _victim(cluster).daemon
+    group = _MEMORY / f"{cluster.bed.tag}-memory"
+    group.mkdir()
+    try:
+        (group / "cgroup.procs").write_text(str(pid(daemon)))
+        # What it had before is charged elsewhere.
+        (group / "memory.limit_in_bytes").write_text(str(2**20))
+        yield
+        (_MEMORY / "cgroup.procs").write_text(str(pid(daemon))) if daemon.alive else None
+        daemon.restart()
+    finally:
+        wait_for(lambda: not (group / "cgroup.procs").read_text(), _START_SECONDS)
+        group.rmdir()
+
+
+@_fault(
+    Group.NODE,
+    "disk full",
+    "a node's daemon is killed and started where its compile cache is empty and no disk has"
+    " any room; there is room again after 6 s",
+    lasts=6,
+    within=75,
+)
+def _disk_full(cluster: Cluster, undo: ExitStack) -> Iterator[None]:
+    node = _victim(cluster)
+    disk = _disk(cluster, undo)
+    full = disk / "full"
+    with _started_with(node.daemon, undo, {"XDG_CACHE_HOME": str(disk), "TMPDIR": str(disk)}):
+        _fill(full)
+        node.daemon.start()
+    yield
+    full.unlink()
+    if not node.daemon.alive:
+        node.daemon.restart()
+
+
+def _disk(cluster: Cluster, undo: ExitStack) -> Path:
+    """A small disk of its own."""
+    disk = Path("/run") / f"disk-{cluster.bed.folder.name}"
+    disk.mkdir()
+    undo.callback(disk.rmdir)
+    run("mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk))
+    undo.callback(run, "umount", "-l", str(disk))
+    return disk
+
+
+def _fill(file: Path) -> None:
+    try:
+        file.write_bytes(bytes(2**20))
+    except OSError:
+        return
+    raise RuntimeError(f"{file} is on a disk that has no end")
+
+
+@contextmanager
+def _started_with(daemon: Daemon, undo: ExitStack, environment: dict[str, str]) -> Iterator[None]:
+    """Have a daemon be started with this besides, and, when all is well again, without it."""
+    daemon.kill()
+    before = daemon.environment
+    daemon.environment = before | environment
+
+    def restore() -> None:
+        daemon.kill()
+        daemon.environment = before
+        daemon.start()
+
+    undo.callback(restore)
+    yield
+
+
+@_fault(
+    Group.NODE,
+    "verifier refuses",
+    "both masters are started anew with programs that no kernel takes; limits stay as"
+    " they were. After 5 s they are started with good ones",
+    lasts=5,
+    within=40,
+)
+def _verifier_refuses(cluster: Cluster, _: ExitStack) -> Iterator[None]:
+    cache = cluster.bed.folder / "spoiled"
+    _spoil_cache(cache)
+    masters = cluster.bed.masters
+    before = [master.environment for master in masters]
+    for master in masters:
+        master.environment = {**master.environment, "XDG_CACHE_HOME": str(cache)}
+        master.restart()
+    yield
+    for master, environment in zip(masters, before, strict=True):
+        master.environment = environment
+        master.restart()
+    shutil.rmtree(cache)
+
+
+def _spoil_cache(folder: Path) -> None:
+    """Fill a compile cache, and have a limiter's program read a register that nothing was written to."""
+    environment = os.environ | {"XDG_CACHE_HOME": str(folder)}
+    subprocess.run(
+        [BPFRL, "generate", "--rate", "1mbit", "-o", os.devnull], env=environment, check=True, capture_output=True
+    )
+    [file] = (path for path in (folder / "bpfrl").iterdir() if b"bpfrl_egress" in path.read_bytes())
+    image = bytearray(file.read_bytes()[:-_DIGEST_BYTES])
+    place = _program_at(bytes(image), "cgroup_skb/egress")
+    image[place : place + 8] = bytes((0xBF, 0x90, 0, 0, 0, 0, 0, 0))  # r0 = r9
+    file.write_bytes(bytes(image) + hashlib.sha256(image).digest())
+
+
+def _program_at(image: bytes, section: str) -> int:
+    from io import BytesIO  # noqa: PLC0415
+
+    from elftools.elf.elffile import ELFFile  # noqa: PLC0415
+
+    return int(ELFFile(BytesIO(image)).get_section_by_name(section)["sh_offset"])
+
+
+# Certificates and clocks.
+
+
+def _clock_jumps(name: str, what: str, ahead: int, within: float) -> None:
+    def happens(cluster: Cluster, undo: ExitStack) -> Iterator[None]:
+        clock = _by_own_clock(cluster, undo, *cluster.daemons().values())
+        cluster.await_acting()
+        clock.set(ahead)
+        yield
+
+    _fault(Group.CERTIFICATES, name, what, lasts=3, within=within)(happens)
+
+
+def _by_own_clock(cluster: Cluster, undo: ExitStack, *daemons: Daemon) -> inject.Clock:
+    clock = inject.Clock(cluster.bed.folder)
+    for daemon in daemons:
+        with _started_with(daemon, undo, dict(clock.environment)):
+            daemon.start()
+    return clock
+
+
+_clock_jumps("clocks a day ahead", "the wall clocks of all masters and nodes jump a day ahead", _DAY_SECONDS, 20)
+_clock_jumps("clocks a day back", "they jump back by a day", -_DAY_SECONDS, 20)
+
+
+@_fault(
+    Group.CERTIFICATES,
+    "clock back, leader killed",
+    "the wall clock of the following master jumps back by a day, and the leader is killed",
+    lasts=8,
+    within=20,
+)
+def _clock_back_leader_killed(cluster: Cluster, undo: ExitStack) -> Iterator[None]:
+    leader = cluster.leader()
+    followers = [master for master in cluster.bed.masters if master is not leader]
+    clock = _by_own_clock(cluster, undo, *followers)
+    for follower in followers:
+        wait_for(lambda follower=follower: "watching pods" in follower.news(), _START_SECONDS)  # type: ignore[misc]
+    time.sleep(2 * chaos.LEASE_SECONDS)  # it has seen the leader's Lease
+    clock.set(-_DAY_SECONDS)
+    leader.kill()
+    yield
+    undo.callback(leader.start)
+
+
+@_fault(
+    Group.CERTIFICATES,
+    "certificates expire",
+    "all certificates expire at work, and connections break; after 6 s there"
+    " are new ones on the disk, and nothing is started anew",
+    lasts=6,
+    within=40,
+)
+def _certificates_expire(cluster: Cluster, undo: ExitStack) -> Iterator[None]:
+    clock = _by_own_clock(cluster, undo, *cluster.daemons().values())
+    cluster.await_acting()
+    clock.set(4 * 365 * _DAY_SECONDS)
+    for node in cluster.bed.nodes:
+        _break_connections(cluster, node)
+    yield
+    # The authority is good for ten years.
+    certificates = cluster.bed.certificates
+    subprocess.run(
+        [BPFRL, "certs", "init", "--renew", str(certificates)],
+        check=True,
+        capture_output=True,
+        env=os.environ | clock.environment,
+    )
+    undo.callback(run, BPFRL, "certs", "init", "--renew", str(certificates))
+
+
+def _break_connections(cluster: Cluster, node: Node) -> None:
+    run(*in_namespace(cluster.bed.tag, "ss", "-K", "dst", node.address))
+
+
+# The suite.
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a fault went: how long after its end all was as it should be, s, and how many pods had a limit then."""
+
+    seconds: float
+    limited: int
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """How all of them went, by the faults' names."""
+
+    machine: Machine
+    seed: int
+    outcomes: dict[str, Outcome]
+
+
+def run_all(
+    faults: Sequence[Fault], seed: int, server: type[StandIn | RealApi], tell: Callable[[str], None]
+) -> tuple[dict[str, Outcome], list[str]]:
+    """Have faults happen, one after the other, to a cluster, and return how they went, and what did not go well.
+
+    A cluster that has not come right again is taken down, and the next fault happens to a new one.
+    """
+    outcomes: dict[str, Outcome] = {}
+    failures: list[str] = []
+    left = list(enumerate(fault for fault in faults if server is StandIn or not fault.stand_in))
+    while left:
+        try:
+            with chaos.cluster(server, seed) as built:
+                while left:
+                    number, fault = left.pop(0)
+                    name = fault.disturbance.name
+                    played = built.endure(number, fault.disturbance)
+                    outcomes[name] = Outcome(played.seconds, played.limited)
+                    tell(f"{name}: {played.seconds:.1f} s, of {fault.disturbance.within:.0f}")
+                built.finish(len(faults))
+        except (ChaosError, OSError, subprocess.SubprocessError) as error:
+            failures.append(f"{name}: {error}")
+            tell(failures[-1])
+    return outcomes, failures
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--only", multiple=True, metavar="NAME", help="Only this fault; may be given several times.")
+@click.option("--seed", type=int, default=1, show_default=True, help="What is done follows from this number.")
+@click.option("--real", is_flag=True, help="Use etcd and kube-apiserver, not the stand-in.")
+def main(only: tuple[str, ...], seed: int, real: bool) -> None:
+    """Have everything go wrong that may, and see that all comes right again within the stated times.
+
+    Exits with 1 where it does not.
+    """
+    if os.geteuid() != 0:
+        raise click.ClickException("this loads BPF programs and makes namespaces: run it as root")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    server = RealApi if real else StandIn
+    chosen = [fault for name, fault in FAULTS.items() if not only or name in only]
+    outcomes, failures = run_all(chosen, seed, server, lambda line: click.echo(line, err=True))
+    if failures:
+        raise click.ClickException(f"{len(failures)} of {len(chosen)} faults were not survived")
+
+
+if __name__ == "__main__":
+    main()
