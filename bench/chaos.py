@@ -831,9 +831,9 @@ def _children(daemon: Daemon) -> list[str]:
 
 
 def _mounted(tag: str) -> list[str]:
-    """Where something is mounted whose path has this in it, with its type, in the order in which that was done."""
+    """Where something is mounted whose path has this in it, and how."""
     lines = (line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines())
-    return [f"{fields[4]} {fields[fields.index('-') + 1]} {fields[5]}" for fields in lines if tag in fields[4]]
+    return sorted(f"{fields[4]} {fields[fields.index('-') + 1]} {fields[5]}" for fields in lines if tag in fields[4])
 
 
 def _owner(number: int) -> str:

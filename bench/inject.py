@@ -1,4 +1,4 @@
-"""What makes a process fail without its knowing: system calls that fail or kill, packets that get lost, other clocks."""
+"""How processes come to fail: system calls that fail or kill, packets that get lost, other clocks."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import os
 import signal
 import struct
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -19,8 +21,15 @@ _SECONDS: Final = 10.0
 _POLL_SECONDS: Final = 0.01
 
 
+@dataclass
+class Injected:
+    """What :func:`system_calls` has done, when it has ended: how many system calls were met."""
+
+    met: int = 0
+
+
 @contextmanager
-def system_calls(pid: int, *rules: str) -> Iterator[None]:
+def system_calls(pid: int, *rules: str) -> Iterator[Injected]:
     """Have a process's system calls fail, as long as the context lasts and the process lives.
 
     Args:
@@ -30,19 +39,25 @@ def system_calls(pid: int, *rules: str) -> Iterator[None]:
     Raises:
         TimeoutError: strace did not get hold of the process.
     """
-    command = ["strace", "-f", "-qq", "-o", "/dev/null", "-p", str(pid), *(f"--inject={rule}" for rule in rules)]
-    tracer = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        _await_tracer(pid, tracer)
-        yield
-    finally:
-        # Not SIGKILL: strace lets go of the process in order.
-        tracer.terminate()
+    calls = ",".join(rule.partition(":")[0] for rule in rules)
+    with tempfile.NamedTemporaryFile() as trace:
+        command = ["strace", "-f", "-qq", "-o", trace.name, "-p", str(pid), f"--trace={calls}"]
+        tracer = subprocess.Popen(
+            [*command, *(f"--inject={rule}" for rule in rules)], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        injected = Injected()
         try:
-            tracer.wait(_SECONDS)
-        except subprocess.TimeoutExpired:
-            tracer.kill()
-            tracer.wait()
+            _await_tracer(pid, tracer)
+            yield injected
+        finally:
+            # Not SIGKILL: strace lets go of the process in order.
+            tracer.terminate()
+            try:
+                tracer.wait(_SECONDS)
+            except subprocess.TimeoutExpired:
+                tracer.kill()
+                tracer.wait()
+            injected.met = trace.read().count(b"(INJECTED)")
 
 
 def _await_tracer(pid: int, tracer: subprocess.Popen[bytes]) -> None:
