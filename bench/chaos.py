@@ -653,7 +653,7 @@ class Cluster:
             if held:
                 yield f"{node.name}: the daemon holds {held}"
         for name, daemon in self.daemons().items():
-            if children := _children(daemon):
+            if daemon.alive and (children := _children(daemon)):
                 yield f"{name}: has the processes {children}"
         if (mounted := _mounted(self.bed.tag)) != self._mounted:
             yield f"mounted: {mounted}, and not {self._mounted}"
@@ -678,7 +678,7 @@ class Cluster:
         return self._owners[number] in self._uids
 
     def _uses(self) -> dict[str, Use]:
-        return {f"{name} {pid(daemon)}": _use(daemon) for name, daemon in self.daemons().items()}
+        return {f"{name} {pid(each)}": _use(each) for name, each in self.daemons().items() if each.alive}
 
     def daemons(self) -> dict[str, Daemon]:
         """All that runs of bpfrl, by name."""

@@ -17,6 +17,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -36,6 +37,8 @@ from bench.record import Machine
 
 _START_SECONDS: Final = 30.0
 _DAY_SECONDS: Final = 86_400
+# Where clocks of their own begin: whoever goes back from there by a day finds certificates that are valid already.
+_AHEAD_SECONDS: Final = 2 * _DAY_SECONDS
 _PODS: Final = "/api/v1/pods"
 # What a daemon may open beside what it has: too little for any call.
 _SPARE_DESCRIPTORS: Final = 1
@@ -242,8 +245,8 @@ def _server_lost(cluster: Cluster, _: ExitStack) -> Iterator[None]:
     "server's connections forgotten",
     "what is open to the API server is silent for ever, as behind a"
     " gateway that has forgotten it; new connections work",
-    lasts=11,
-    within=180,
+    lasts=10,
+    within=60,
 )
 def _server_half_open(cluster: Cluster, undo: ExitStack) -> Iterator[None]:
     # They stay lost until all is well again.
@@ -503,8 +506,7 @@ def _disk_full(cluster: Cluster, undo: ExitStack) -> Iterator[None]:
 
 def _disk(cluster: Cluster, undo: ExitStack) -> Path:
     """A small disk of its own."""
-    disk = Path("/run") / f"disk-{cluster.bed.folder.name}"
-    disk.mkdir()
+    disk = Path(tempfile.mkdtemp(prefix="disk-"))
     undo.callback(disk.rmdir)
     run("mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk))
     undo.callback(run, "umount", "-l", str(disk))
@@ -582,11 +584,11 @@ def _program_at(image: bytes, section: str) -> int:
 # Certificates and clocks.
 
 
-def _clock_jumps(name: str, what: str, ahead: int, within: float) -> None:
+def _clock_jumps(name: str, what: str, by: int, within: float) -> None:
     def happens(cluster: Cluster, undo: ExitStack) -> Iterator[None]:
         clock = _by_own_clock(cluster, undo, *cluster.daemons().values())
         cluster.await_acting()
-        clock.set(ahead)
+        clock.set(_AHEAD_SECONDS + by)
         yield
 
     _fault(Group.CERTIFICATES, name, what, lasts=3, within=within)(happens)
@@ -594,6 +596,7 @@ def _clock_jumps(name: str, what: str, ahead: int, within: float) -> None:
 
 def _by_own_clock(cluster: Cluster, undo: ExitStack, *daemons: Daemon) -> inject.Clock:
     clock = inject.Clock(cluster.bed.folder)
+    clock.set(_AHEAD_SECONDS)
     for daemon in daemons:
         with _started_with(daemon, undo, dict(clock.environment)):
             daemon.start()
@@ -618,7 +621,7 @@ def _clock_back_leader_killed(cluster: Cluster, undo: ExitStack) -> Iterator[Non
     for follower in followers:
         wait_for(lambda follower=follower: "watching pods" in follower.news(), _START_SECONDS)  # type: ignore[misc]
     time.sleep(2 * chaos.LEASE_SECONDS)  # it has seen the leader's Lease
-    clock.set(-_DAY_SECONDS)
+    clock.set(_AHEAD_SECONDS - _DAY_SECONDS)
     leader.kill()
     yield
     undo.callback(leader.start)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
@@ -73,6 +74,21 @@ class _Lock(LeaseLock):
             return None
 
 
+class _SteadyTime:
+    """The time of day when this was made, and evenly on from there, whatever is done to the machine's clock.
+
+    The client's election measures with the time of day how long it has seen no sign of a leader. Set back by a day,
+    it would wait a day longer for one that is gone; set ahead, it would take the Lease from one that leads.
+    """
+
+    def __init__(self) -> None:
+        self._begun = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+    def time(self) -> float:
+        """What time.time() would tell, s."""
+        return self._begun + time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 class Leadership:
     """Leads while it can, and follows while it must.
 
@@ -88,6 +104,7 @@ class Leadership:
         self._duration = duration
         self._lock = _Lock(namespace, identity, client, self._retry * 2)
         self._acting: asyncio.Task[None] | None = None
+        leaderelection.time = _SteadyTime()  # type: ignore[assignment]
         # There a conflict over the Lease, which is how elections go, has a traceback, and what _ask tells comes again.
         for module in (LeaseLock.__module__, leaderelection.__name__):
             logging.getLogger(module).setLevel(logging.CRITICAL)
