@@ -340,6 +340,9 @@ class Cluster:
                 time.sleep(max(0.0, start + disturbance.lasts - time.monotonic()))
             self._serve_again()
             ended = self._conclude(number, [Fault(disturbance.name, disturbance.lasts)], disturbance.within)
+        # Undoing it may have been a disturbance too.
+        for pod in self._anchors:
+            self._annotate(pod, self._rates())
         self._settle(number)
         return ended
 

@@ -1,12 +1,6 @@
-"""Everything that may go wrong, and that all comes right again: ``python -m bench.faults --help``.
+"""Everything that may go wrong in a cluster of :mod:`bench.chaos`, and how long it may take to come right again.
 
-Each fault happens to a cluster of :mod:`bench.chaos` while pods are created, annotated, completed and deleted. After its
-end every node's kernel must come to what the pods ask for within the time that is stated with the fault, and nothing may
-be left over: no pin, program, link or map, no process, descriptor or mount. The stated times, and those that were
-measured last, are in docs/faults.md, which this writes.
-
-What is done follows from the seed, as in :mod:`bench.chaos`; :mod:`bench.soak` has the same faults happen at random, and
-:mod:`bench.steps` kills and refuses at each single system call.
+:mod:`bench.endure` has each of them happen, one after the other, and :mod:`bench.soak` at random.
 """
 
 from __future__ import annotations
@@ -15,25 +9,25 @@ import hashlib
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Final
 
-import click
+from elftools.elf.elffile import ELFFile
 
 from bench import chaos, inject
-from bench.chaos import ChaosError, Cluster, Disturbance
+from bench.chaos import Cluster, Disturbance
 from bench.converge import pid
 from bench.fleet import NODE_PORT, Daemon, Node, wait_for
-from bench.kubeapi import RealApi, StandIn
+from bench.kubeapi import StandIn
 from bench.lab import BPFRL, in_namespace, run
-from bench.record import Machine
 
 _START_SECONDS: Final = 30.0
 _DAY_SECONDS: Final = 86_400
@@ -66,26 +60,46 @@ class Fault:
         what: what is done, for people.
         disturbance: what does it.
         stand_in: whether only the stand-in API server can do it.
-        often: whether it may happen in a soak: it takes no minutes.
+        steps: at how many steps it happens, one after the other, for what happens at a step.
     """
 
     group: str
     what: str
     disturbance: Disturbance
     stand_in: bool
-    often: bool
+    steps: int
+
+    @property
+    def often(self) -> bool:
+        """Whether it may happen in a soak: it takes no minutes."""
+        return self.disturbance.lasts <= _OFTEN_SECONDS
+
+    def all_steps(self) -> Iterator[Disturbance]:
+        """All that belongs to it."""
+        for step in range(1, self.steps + 1):
+            happens: Callable[..., AbstractContextManager[None]] = self.disturbance.happens
+            yield replace(self.disturbance, happens=partial(happens, step=step))
+        if not self.steps:
+            yield self.disturbance
 
 
 FAULTS: Final[dict[str, Fault]] = {}
-_Happens = Callable[[Cluster, ExitStack], Iterator[None]]
 
 
 def _fault(
-    group: str, name: str, what: str, *, lasts: float, within: float, served: bool = True, stand_in: bool = False
-) -> Callable[[_Happens], _Happens]:
-    def register(happens: _Happens) -> _Happens:
+    group: str,
+    name: str,
+    what: str,
+    *,
+    lasts: float,
+    within: float,
+    served: bool = True,
+    stand_in: bool = False,
+    steps: int = 0,
+) -> Callable[[Callable[..., Iterator[None]]], Callable[..., Iterator[None]]]:
+    def register(happens: Callable[..., Iterator[None]]) -> Callable[..., Iterator[None]]:
         disturbance = Disturbance(name, contextmanager(happens), lasts, within, served)
-        FAULTS[name] = Fault(group, what, disturbance, stand_in, often=lasts <= _OFTEN_SECONDS)
+        FAULTS[name] = Fault(group, what, disturbance, stand_in, steps)
         return happens
 
     return register
@@ -140,6 +154,47 @@ def _leader_killed(cluster: Cluster, _: ExitStack) -> Iterator[None]:
 def _leader_stopped(cluster: Cluster, _: ExitStack) -> Iterator[None]:
     with inject.stopped(pid(cluster.leader())):
         yield
+
+
+_STATE_CALLS: Final = "bpf,mkdir,mkdirat,rename,renameat,renameat2,unlink,unlinkat,rmdir,setns"
+_TALK_CALLS: Final = "sendmsg,sendto,write,recvmsg,recvfrom,read"
+_NODE_STEPS: Final = 60
+_MASTER_STEPS: Final = 40
+
+
+@_fault(
+    Group.STEPS,
+    "node killed at a step",
+    f"`kill -9` of a node's daemon at the n-th system call that changes what the kernel has, n from 1 to {_NODE_STEPS},"
+    " while it attaches, updates and detaches",
+    lasts=1,
+    within=20,
+    steps=_NODE_STEPS,
+)
+def _node_killed_at(cluster: Cluster, _: ExitStack, step: int = 0) -> Iterator[None]:
+    step = step or cluster.dice.randint(1, _NODE_STEPS)
+    yield from _killed_at(_victim(cluster).daemon, f"{_STATE_CALLS}:signal=KILL:when={step}")
+
+
+@_fault(
+    Group.STEPS,
+    "master killed at a step",
+    "`kill -9` of the leading master at a thread's n-th system call that sends or receives, n from 1 to"
+    f" {_MASTER_STEPS}: between deciding, calling, hearing the answer, and writing Event and Lease",
+    lasts=1,
+    within=30,
+    steps=_MASTER_STEPS,
+)
+def _master_killed_at(cluster: Cluster, _: ExitStack, step: int = 0) -> Iterator[None]:
+    step = step or cluster.dice.randint(1, _MASTER_STEPS)
+    yield from _killed_at(cluster.leader(), f"{_TALK_CALLS}:signal=KILL:when={step}")
+
+
+def _killed_at(daemon: Daemon, rule: str) -> Iterator[None]:
+    with inject.system_calls(pid(daemon), rule):
+        yield
+    if not daemon.alive:
+        daemon.restart()
 
 
 # The API server.
@@ -476,7 +531,6 @@ def _no_memory(cluster: Cluster, _: ExitStack) -> Iterator[None]:
         # What it had before is charged elsewhere.
         (group / "memory.limit_in_bytes").write_text(str(2**20))
         yield
-        (_MEMORY / "cgroup.procs").write_text(str(pid(daemon))) if daemon.alive else None
         daemon.restart()
     finally:
         wait_for(lambda: not (group / "cgroup.procs").read_text(), _START_SECONDS)
@@ -493,7 +547,7 @@ def _no_memory(cluster: Cluster, _: ExitStack) -> Iterator[None]:
 )
 def _disk_full(cluster: Cluster, undo: ExitStack) -> Iterator[None]:
     node = _victim(cluster)
-    disk = _disk(cluster, undo)
+    disk = _disk(undo)
     full = disk / "full"
     with _started_with(node.daemon, undo, {"XDG_CACHE_HOME": str(disk), "TMPDIR": str(disk)}):
         _fill(full)
@@ -504,7 +558,7 @@ def _disk_full(cluster: Cluster, undo: ExitStack) -> Iterator[None]:
         node.daemon.restart()
 
 
-def _disk(cluster: Cluster, undo: ExitStack) -> Path:
+def _disk(undo: ExitStack) -> Path:
     """A small disk of its own."""
     disk = Path(tempfile.mkdtemp(prefix="disk-"))
     undo.callback(disk.rmdir)
@@ -574,11 +628,10 @@ def _spoil_cache(folder: Path) -> None:
 
 
 def _program_at(image: bytes, section: str) -> int:
-    from io import BytesIO  # noqa: PLC0415
-
-    from elftools.elf.elffile import ELFFile  # noqa: PLC0415
-
-    return int(ELFFile(BytesIO(image)).get_section_by_name(section)["sh_offset"])
+    found = ELFFile(BytesIO(image)).get_section_by_name(section)
+    if found is None:
+        raise RuntimeError(f"no section {section}")
+    return int(found["sh_offset"])
 
 
 # Certificates and clocks.
@@ -655,72 +708,3 @@ def _certificates_expire(cluster: Cluster, undo: ExitStack) -> Iterator[None]:
 
 def _break_connections(cluster: Cluster, node: Node) -> None:
     run(*in_namespace(cluster.bed.tag, "ss", "-K", "dst", node.address))
-
-
-# The suite.
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a fault went: how long after its end all was as it should be, s, and how many pods had a limit then."""
-
-    seconds: float
-    limited: int
-
-
-@dataclass(frozen=True)
-class Outcomes:
-    """How all of them went, by the faults' names."""
-
-    machine: Machine
-    seed: int
-    outcomes: dict[str, Outcome]
-
-
-def run_all(
-    faults: Sequence[Fault], seed: int, server: type[StandIn | RealApi], tell: Callable[[str], None]
-) -> tuple[dict[str, Outcome], list[str]]:
-    """Have faults happen, one after the other, to a cluster, and return how they went, and what did not go well.
-
-    A cluster that has not come right again is taken down, and the next fault happens to a new one.
-    """
-    outcomes: dict[str, Outcome] = {}
-    failures: list[str] = []
-    left = list(enumerate(fault for fault in faults if server is StandIn or not fault.stand_in))
-    while left:
-        try:
-            with chaos.cluster(server, seed) as built:
-                while left:
-                    number, fault = left.pop(0)
-                    name = fault.disturbance.name
-                    played = built.endure(number, fault.disturbance)
-                    outcomes[name] = Outcome(played.seconds, played.limited)
-                    tell(f"{name}: {played.seconds:.1f} s, of {fault.disturbance.within:.0f}")
-                built.finish(len(faults))
-        except (ChaosError, OSError, subprocess.SubprocessError) as error:
-            failures.append(f"{name}: {error}")
-            tell(failures[-1])
-    return outcomes, failures
-
-
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option("--only", multiple=True, metavar="NAME", help="Only this fault; may be given several times.")
-@click.option("--seed", type=int, default=1, show_default=True, help="What is done follows from this number.")
-@click.option("--real", is_flag=True, help="Use etcd and kube-apiserver, not the stand-in.")
-def main(only: tuple[str, ...], seed: int, real: bool) -> None:
-    """Have everything go wrong that may, and see that all comes right again within the stated times.
-
-    Exits with 1 where it does not.
-    """
-    if os.geteuid() != 0:
-        raise click.ClickException("this loads BPF programs and makes namespaces: run it as root")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    server = RealApi if real else StandIn
-    chosen = [fault for name, fault in FAULTS.items() if not only or name in only]
-    outcomes, failures = run_all(chosen, seed, server, lambda line: click.echo(line, err=True))
-    if failures:
-        raise click.ClickException(f"{len(failures)} of {len(chosen)} faults were not survived")
-
-
-if __name__ == "__main__":
-    main()

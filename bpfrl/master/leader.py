@@ -104,7 +104,7 @@ class Leadership:
         self._duration = duration
         self._lock = _Lock(namespace, identity, client, self._retry * 2)
         self._acting: asyncio.Task[None] | None = None
-        leaderelection.time = _SteadyTime()  # type: ignore[assignment]
+        leaderelection.time = _SteadyTime()  # type: ignore[assignment, attr-defined]
         # There a conflict over the Lease, which is how elections go, has a traceback, and what _ask tells comes again.
         for module in (LeaseLock.__module__, leaderelection.__name__):
             logging.getLogger(module).setLevel(logging.CRITICAL)
