@@ -1,5 +1,5 @@
 # Everything runs as root: BPF programs are loaded, namespaces and cgroups are made.
-.PHONY: demo test lint bench bench-cluster install proto generated requirements
+.PHONY: demo test lint bench bench-cluster faults soak install proto generated requirements
 
 demo: install
 	.venv/bin/python -m bench.demo
@@ -24,6 +24,17 @@ bench-cluster: install
 		.venv/bin/python -m bench.converge --real && .venv/bin/python -m bench.chaos --rounds 20 --seed 2 --real; \
 	fi
 	.venv/bin/python -m bench.cluster_page
+
+# Everything that may go wrong, one after the other, within the times that docs/faults.md states: some 20 minutes.
+faults: install
+	.venv/bin/python -m bench.endure
+	BPFRL_EVERY_STEP=1 .venv/bin/pytest tests/kernel/test_steps.py
+
+# The same at random, for some time: make soak SECONDS=3600 SEED=7. What was done is in build/soak.log.
+SECONDS ?= 600
+SEED ?= 1
+soak: install
+	.venv/bin/python -m bench.soak --seconds $(SECONDS) --seed $(SEED)
 
 install:
 	@tools/install

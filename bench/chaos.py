@@ -775,13 +775,13 @@ def _summary(facts: Machine, course: Sequence[Round], server: str, seed: int) ->
         p99=seconds[math.ceil(0.99 * len(seconds)) - 1],
         longest=seconds[-1],
         leaks=0,
-        growth=_growth(course),
+        growth=growth(course),
         witness=(witness[0], witness[-1]),
         course=course,
     )
 
 
-def _growth(course: Sequence[Round]) -> int:
+def growth(course: Sequence[Round]) -> int:
     """By how much any daemon has grown, from the first third of its life to the last; short lives tell nothing."""
     lives: dict[str, list[Use]] = {}
     for played in course:

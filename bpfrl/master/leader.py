@@ -89,6 +89,9 @@ class _SteadyTime:
         return self._begun + time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
+leaderelection.time = _SteadyTime()  # type: ignore[assignment, attr-defined]
+
+
 class Leadership:
     """Leads while it can, and follows while it must.
 
@@ -104,7 +107,6 @@ class Leadership:
         self._duration = duration
         self._lock = _Lock(namespace, identity, client, self._retry * 2)
         self._acting: asyncio.Task[None] | None = None
-        leaderelection.time = _SteadyTime()  # type: ignore[assignment, attr-defined]
         # There a conflict over the Lease, which is how elections go, has a traceback, and what _ask tells comes again.
         for module in (LeaseLock.__module__, leaderelection.__name__):
             logging.getLogger(module).setLevel(logging.CRITICAL)
