@@ -72,7 +72,7 @@ _INVALID: Final = ("fast", "10mbps", "-5M", "0", "10m", "9e99", "1.5.5M")
 _PATIENCE_SECONDS: Final = 60.0
 _AIM_SECONDS: Final = 0.2
 # A follower that comes to lead opens ten descriptors for three nodes, and then no more.
-_GROWTH: Final = 16
+GROWTH: Final = 16
 _SHORTEST_LIFE: Final = 6
 _IDENTITY: Final = ".rodata.identit"  # the kernel keeps 15 characters of a map's name
 # A limiter's programs, the links that attach them, and its own maps; the map of sockets is one for all of a node.
@@ -714,7 +714,7 @@ def run(rounds: int, seed: int, server: type[StandIn | RealApi], tell: Callable[
             tell(_line(played))
         built.finish(rounds)
     summary = _summary(facts, course, server.__name__, seed)
-    if summary.growth > _GROWTH:
+    if summary.growth > GROWTH:
         raise ChaosError(f"seed {seed}: a daemon holds {summary.growth} descriptors or threads more than at first")
     return summary
 

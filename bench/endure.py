@@ -98,12 +98,14 @@ def run_all(
     left = [each for fault in faults if server is StandIn or not fault.stand_in for each in fault.all_steps()]
     number = 0
     while left:
+        course: list[chaos.Round] = []
         try:
             with chaos.cluster(server, seed) as built:
                 while left:
                     number, disturbance = number + 1, left.pop(0)
                     name = disturbance.name
-                    seconds = built.endure(number, disturbance).seconds
+                    course.append(played := built.endure(number, disturbance))
+                    seconds = played.seconds
                     before = outcomes.get(name, Outcome(0, 0))
                     outcomes[name] = Outcome(max(seconds, before.seconds), before.times + 1)
                     tell(f"{number:4} {name}: {seconds:.1f} s of {disturbance.within:.0f} s")
@@ -111,6 +113,8 @@ def run_all(
         except (ChaosError, OSError, RuntimeError, subprocess.SubprocessError) as error:
             failures.append(f"{name}: {error}")
             tell(failures[-1])
+        if (held := chaos.growth(course)) > chaos.GROWTH:
+            failures.append(f"a daemon holds {held} descriptors or threads more than at first")
     return outcomes, failures
 
 

@@ -33,7 +33,6 @@ _KILLS_SHARE: Final = 0.3
 _MIB: Final = 2**20
 # What Python and gRPC come to keep in their first minutes; a leak goes on for ever.
 _GROWTH_MIB: Final = 24.0
-_HELD: Final = 16
 _SHORTEST_LIFE: Final = 9
 
 
@@ -68,7 +67,7 @@ class Soak:
                 tell(f"{number:5} {names}: {sum(played.operations.values())} operations; {played.seconds:.1f} s")
                 number += 1
             built.finish(number)
-        if (held := chaos.growth(self.rounds)) > _HELD:
+        if (held := chaos.growth(self.rounds)) > chaos.GROWTH:
             raise ChaosError(f"seed {self._seed}: a daemon holds {held} descriptors or threads more than at first")
         if (grown := self.growth()) > _GROWTH_MIB:
             raise ChaosError(f"seed {self._seed}: a daemon has {grown:.0f} MiB more than at first: {self.memory}")

@@ -225,6 +225,7 @@ def _write(path: Path, content: bytes, mode: int) -> None:
             file.write(content)
             os.fchmod(file.fileno(), mode)
         Path(scratch).replace(path)
-    except BaseException:
+    except OSError as error:
+        raise CertificateError(f"{path}: {error.strerror}") from error
+    finally:
         Path(scratch).unlink(missing_ok=True)
-        raise
