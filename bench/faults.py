@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,14 +28,16 @@ from bench.converge import pid
 from bench.fleet import NODE_PORT, Daemon, Node, wait_for
 from bench.kubeapi import StandIn
 from bench.lab import BPFRL, in_namespace, run
+from bpfrl import cgroup
 
 _START_SECONDS: Final = 30.0
 _DAY_SECONDS: Final = 86_400
 # Where clocks of their own begin: whoever goes back from there by a day finds certificates that are valid already.
 _AHEAD_SECONDS: Final = 2 * _DAY_SECONDS
 _PODS: Final = "/api/v1/pods"
-# What a daemon may open beside what it has: too little for any call.
-_SPARE_DESCRIPTORS: Final = 1
+# What takes longer is too long for a soak.
+_OFTEN_SECONDS: Final = 10.0
+# Where there is one, it has the memory of all cgroups (version 1).
 _MEMORY: Final = Path("/sys/fs/cgroup/memory")
 _DIGEST_BYTES: Final = hashlib.sha256().digest_size
 
@@ -103,9 +105,6 @@ def _fault(
         return happens
 
     return register
-
-
-_OFTEN_SECONDS: Final = 10.0
 
 
 def _victim(cluster: Cluster) -> Node:
@@ -423,8 +422,10 @@ def _bpffs_remounted(cluster: Cluster, _: ExitStack) -> Iterator[None]:
 def _bpffs_hidden(cluster: Cluster, _: ExitStack) -> Iterator[None]:
     node = _victim(cluster)
     run("mount", "-t", "bpf", "bpf", str(node.bpffs))
-    yield
-    _umount(node.bpffs)
+    try:
+        yield
+    finally:
+        _umount(node.bpffs)
 
 
 @_fault(Group.NODE, "bpffs read-only", "a node's bpffs is read-only for 3 s", lasts=3, within=30)
@@ -491,8 +492,8 @@ def _master_out_of_files(cluster: Cluster, _: ExitStack) -> Iterator[None]:
 def _out_of_descriptors(daemon: Daemon) -> Iterator[None]:
     number = pid(daemon)
     before = resource.prlimit(number, resource.RLIMIT_NOFILE)
-    highest = max(int(name) for name in os.listdir(f"/proc/{number}/fd"))
-    resource.prlimit(number, resource.RLIMIT_NOFILE, (min(highest, _SPARE_DESCRIPTORS), before[1]))
+    # What is open stays open.
+    resource.prlimit(number, resource.RLIMIT_NOFILE, (1, before[1]))
     yield
     resource.prlimit(number, resource.RLIMIT_NOFILE, before)
 
@@ -524,12 +525,13 @@ for _error in ("ENOMEM", "ENOSPC", "EPERM", "EBUSY"):
 )
 def _no_memory(cluster: Cluster, _: ExitStack) -> Iterator[None]:
     daemon = _victim(cluster).daemon
-    group = _MEMORY / f"{cluster.bed.tag}-memory"
+    root, limit = (_MEMORY, "memory.limit_in_bytes") if _MEMORY.is_dir() else (cgroup.mount_point(), "memory.max")
+    group = root / f"{cluster.bed.tag}-memory"
     group.mkdir()
     try:
         (group / "cgroup.procs").write_text(str(pid(daemon)))
         # What it had before is charged elsewhere.
-        (group / "memory.limit_in_bytes").write_text(str(2**20))
+        (group / limit).write_text(str(2**20))
         yield
         daemon.restart()
     finally:
@@ -549,9 +551,8 @@ def _disk_full(cluster: Cluster, undo: ExitStack) -> Iterator[None]:
     node = _victim(cluster)
     disk = _disk(undo)
     full = disk / "full"
-    with _started_with(node.daemon, undo, {"XDG_CACHE_HOME": str(disk), "TMPDIR": str(disk)}):
-        _fill(full)
-        node.daemon.start()
+    _fill(full)
+    _restart_with(node.daemon, undo, {"XDG_CACHE_HOME": str(disk), "TMPDIR": str(disk)})
     yield
     full.unlink()
     if not node.daemon.alive:
@@ -575,20 +576,16 @@ def _fill(file: Path) -> None:
     raise RuntimeError(f"{file} is on a disk that has no end")
 
 
-@contextmanager
-def _started_with(daemon: Daemon, undo: ExitStack, environment: dict[str, str]) -> Iterator[None]:
-    """Have a daemon be started with this besides, and, when all is well again, without it."""
-    daemon.kill()
+def _restart_with(daemon: Daemon, undo: ExitStack, environment: Mapping[str, str]) -> None:
+    """Start a daemon anew with this besides, and, when all is well again, without it."""
     before = daemon.environment
-    daemon.environment = before | environment
 
-    def restore() -> None:
-        daemon.kill()
-        daemon.environment = before
-        daemon.start()
+    def restart(environment: dict[str, str]) -> None:
+        daemon.environment = environment
+        daemon.restart()
 
-    undo.callback(restore)
-    yield
+    undo.callback(restart, before)
+    restart({**before, **environment})
 
 
 @_fault(
@@ -601,21 +598,16 @@ def _started_with(daemon: Daemon, undo: ExitStack, environment: dict[str, str]) 
 )
 def _verifier_refuses(cluster: Cluster, _: ExitStack) -> Iterator[None]:
     cache = cluster.bed.folder / "spoiled"
-    _spoil_cache(cache)
-    masters = cluster.bed.masters
-    before = [master.environment for master in masters]
-    for master in masters:
-        master.environment = {**master.environment, "XDG_CACHE_HOME": str(cache)}
-        master.restart()
-    yield
-    for master, environment in zip(masters, before, strict=True):
-        master.environment = environment
-        master.restart()
-    shutil.rmtree(cache)
+    spoil_cache(cache)
+    with ExitStack() as undo:
+        undo.callback(shutil.rmtree, cache)
+        for master in cluster.bed.masters:
+            _restart_with(master, undo, {"XDG_CACHE_HOME": str(cache)})
+        yield
 
 
-def _spoil_cache(folder: Path) -> None:
-    """Fill a compile cache, and have a limiter's program read a register that nothing was written to."""
+def spoil_cache(folder: Path) -> None:
+    """Fill a compile cache with what no kernel takes: a limiter's program reads a register that was never written."""
     environment = os.environ | {"XDG_CACHE_HOME": str(folder)}
     subprocess.run(
         [BPFRL, "generate", "--rate", "1mbit", "-o", os.devnull], env=environment, check=True, capture_output=True
@@ -652,8 +644,7 @@ def _by_own_clock(cluster: Cluster, undo: ExitStack, *daemons: Daemon) -> inject
     clock = inject.Clock(cluster.bed.folder)
     clock.set(_AHEAD_SECONDS)
     for daemon in daemons:
-        with _started_with(daemon, undo, dict(clock.environment)):
-            daemon.start()
+        _restart_with(daemon, undo, clock.environment)
     return clock
 
 
@@ -677,8 +668,8 @@ def _clock_back_leader_killed(cluster: Cluster, undo: ExitStack) -> Iterator[Non
     time.sleep(2 * chaos.LEASE_SECONDS)  # it has seen the leader's Lease
     clock.set(_AHEAD_SECONDS - _DAY_SECONDS)
     leader.kill()
-    yield
     undo.callback(leader.start)
+    yield
 
 
 @_fault(
