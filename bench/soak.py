@@ -103,7 +103,8 @@ class Soak:
     def _weigh(self, built: Cluster) -> None:
         for name, daemon in built.daemons().items():
             if daemon.alive:
-                self.memory.setdefault(f"{name} {pid(daemon)}", []).append(daemon.memory() / _MIB)
+                self.memory.setdefault(f"{name} {pid(daemon)}", []).append(round(daemon.memory() / _MIB, 1))
+        log.debug("memory, MiB: %s", {name: amounts[-1] for name, amounts in self.memory.items()})
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
