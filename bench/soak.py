@@ -27,7 +27,7 @@ from bench.converge import pid
 from bench.faults import FAULTS
 from bench.kubeapi import RealApi, StandIn
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("bench.soak")  # run as a command, its name would be another
 
 _KILLS_SHARE: Final = 0.3
 _MIB: Final = 2**20
