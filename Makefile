@@ -1,5 +1,5 @@
 # Everything runs as root: BPF programs are loaded, namespaces and cgroups are made.
-.PHONY: demo test lint hostile bench bench-cluster bench-scale install proto generated requirements
+.PHONY: demo test lint hostile faults soak bench bench-cluster bench-scale install proto generated requirements
 
 demo: install
 	.venv/bin/python -m bench.demo
@@ -34,6 +34,17 @@ bench-cluster: install
 # A master in clusters of up to 150,000 pods on 5,000 nodes: some nine minutes.
 bench-scale: install
 	.venv/bin/python -m bench.scale
+
+# Everything that may go wrong, one after the other, within the times that docs/faults.md states: some 20 minutes.
+faults: install
+	.venv/bin/python -m bench.endure
+	BPFRL_EVERY_STEP=1 .venv/bin/pytest tests/kernel/test_steps.py
+
+# The same at random, for some time: make soak SECONDS=3600 SEED=7. What was done is in build/soak.log.
+SECONDS ?= 600
+SEED ?= 1
+soak: install
+	.venv/bin/python -m bench.soak --seconds $(SECONDS) --seed $(SEED)
 
 install:
 	@tools/install

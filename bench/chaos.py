@@ -15,6 +15,7 @@ of the limits before it the master had seen by then, nobody can tell. Any of tho
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import random
@@ -24,7 +25,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -43,11 +44,14 @@ from bpfrl.limits import Limits
 from bpfrl.master.annotations import EGRESS, INGRESS
 from bpfrl.node.agent import Agent
 
+log = logging.getLogger(__name__)
+
 Rates = tuple[int, int]
 
 FIGURES: Final = Path(__file__).parent / "results" / "chaos.json"
 _LEASE: Final = ("kube-system", "bpfrl-master")
-_MASTER_OPTIONS: Final = ("--lease-duration", "3", "--resync", "5")
+LEASE_SECONDS: Final = 3
+_MASTER_OPTIONS: Final = ("--lease-duration", str(LEASE_SECONDS), "--resync", "5")
 _MASTERS: Final = 2
 _NODES: Final = 3
 _NODE_NAMES: Final = tuple(f"node-{number}" for number in range(_NODES))
@@ -67,7 +71,7 @@ _INVALID: Final = ("fast", "10mbps", "-5M", "0", "10m", "9e99", "1.5.5M")
 _PATIENCE_SECONDS: Final = 60.0
 _AIM_SECONDS: Final = 0.2
 # A follower that comes to lead opens ten descriptors for three nodes, and then no more.
-_GROWTH: Final = 16
+GROWTH: Final = 16
 _SHORTEST_LIFE: Final = 6
 _IDENTITY: Final = ".rodata.identit"  # the kernel keeps 15 characters of a map's name
 # A limiter's programs, the links that attach them, and its own maps; the map of sockets is one for all of a node.
@@ -226,6 +230,26 @@ class Summary:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True, slots=True)
+class Disturbance:
+    """Something that happens to a cluster, lasts for a while and ends.
+
+    Attributes:
+        name: what people call it.
+        happens: begins it, and ends it; what has to stay as it is until everything is as it should be again, such as a
+            clock that was set, is undone by what is put on the stack.
+        lasts: how long it is kept up, s.
+        within: how long after its end everything must be as it should be, s.
+        served: whether the API server takes what is wanted of it meanwhile.
+    """
+
+    name: str
+    happens: Callable[[Cluster, ExitStack], AbstractContextManager[None]]
+    lasts: float
+    within: float
+    served: bool = True
+
+
 class _Act(NamedTuple):
     """Something that happens in a round: at a time, s after its begin."""
 
@@ -255,6 +279,7 @@ class Cluster:
         self._uids: set[str] = set()
         self._owners: dict[int, str] = {}  # a map's id: whose identity it holds
         self._leader = bed.masters[0]
+        self._mounted = _mounted(bed.tag)
         self._anchors: list[Pod] = []
         self._down: dict[str, Daemon] = {}
         self._served = True
@@ -288,19 +313,49 @@ class Cluster:
         Raises:
             ChaosError: it has not ended as it should.
         """
-        self._dice = random.Random(f"{self._seed} {number}")  # noqa: S311
-        self._clear()
-        self._find_leader()
-        self._done.clear()
-        self._halfway = 0
+        self._prepare(number)
         acts, faults = self._plan()
         start = time.monotonic()
         for act in acts:
             time.sleep(max(0.0, start + act.at - time.monotonic()))
             self._act(act)
+        return self._conclude(number, faults, _PATIENCE_SECONDS)
+
+    def endure(self, number: int, disturbance: Disturbance) -> Round:
+        """Play a round in which one thing happens, besides what is done to pods.
+
+        Raises:
+            ChaosError: it has not ended as it should.
+        """
+        self._prepare(number)
+        moments = sorted(self._dice.uniform(0, disturbance.lasts) for _ in range(self._dice.randint(*_OPERATIONS)))
+        with ExitStack() as undo:
+            self._served = disturbance.served
+            with disturbance.happens(self, undo):
+                start = time.monotonic()
+                for moment in moments:
+                    time.sleep(max(0.0, start + moment - time.monotonic()))
+                    self._operate()
+                time.sleep(max(0.0, start + disturbance.lasts - time.monotonic()))
+            self._serve_again()
+            ended = self._conclude(number, [Fault(disturbance.name, disturbance.lasts)], disturbance.within)
+        # Undoing it may have been a disturbance too.
         for pod in self._anchors:
             self._annotate(pod, self._rates())
-        seconds = self._settle(number)
+        self._settle(number)
+        return ended
+
+    def _prepare(self, number: int) -> None:
+        self._dice = random.Random(f"{self._seed} {number}")  # noqa: S311
+        self._clear()
+        self._find_leader()
+        self._done.clear()
+        self._halfway = 0
+
+    def _conclude(self, number: int, faults: Sequence[Fault], patience: float) -> Round:
+        for pod in self._anchors:
+            self._annotate(pod, self._rates())
+        seconds = self._settle(number, patience)
         limited = sum(pod.allowed() != {None} for pod in self.pods.values())
         done = dict(sorted(self._done.items()))
         return Round(number, faults, self._halfway, done, round(seconds, 2), limited, self._uses())
@@ -314,6 +369,39 @@ class Cluster:
         for pod in [*self.pods.values()]:
             self._delete(pod)
         self._settle(rounds)
+
+    # What a disturbance may want.
+
+    @property
+    def dice(self) -> random.Random:
+        """What chooses in this round."""
+        return self._dice
+
+    def leader(self) -> Daemon:
+        """The master that leads."""
+        self._find_leader()
+        return self._leader
+
+    def await_acting(self) -> None:
+        """Wait until one of the masters that were started anew acts, and all nodes serve."""
+        wait_for(lambda: any("acting:" in master.news() for master in self.bed.masters), _START_SECONDS)
+        wait_for(lambda: all(node.serves() for node in self.bed.nodes), _START_SECONDS)
+
+    def flicker(self, seconds: float) -> None:
+        """Have a pod whose cgroup is there for so long, and not for longer."""
+        pod = self._make(self._name(), self._dice.choice(self.bed.nodes), self._rates())
+        self._start(pod)
+        time.sleep(seconds)
+        self._end(pod)
+        self.api.delete_pod(pod.name)
+        del self.pods[pod.name]
+
+    def restart_pods(self, node: Node) -> None:
+        """Make the cgroups of a node's pods anew."""
+        for pod in self.pods.values():
+            if pod.node is node and pod.cgroup:
+                self._end(pod)
+                self._start(pod)
 
     # What happens.
 
@@ -369,6 +457,9 @@ class Cluster:
             self._down.pop(victim).start()
             return
         self.api.start()
+        self._serve_again()
+
+    def _serve_again(self) -> None:
         self._served = True
         waiting, self._waiting = self._waiting, 0
         for _ in range(waiting):
@@ -410,7 +501,9 @@ class Cluster:
         if kind == _CREATE:
             self._create()
         else:
-            possible[kind].do(self._dice.choice(choices[kind]))
+            pod = self._dice.choice(choices[kind])
+            log.debug("%s %s", kind, pod)
+            possible[kind].do(pod)
 
     def _create(self) -> None:
         node = self._dice.choice(self.bed.nodes)
@@ -436,6 +529,7 @@ class Cluster:
         self._uids.add(uid)
         pod = Pod(name, uid, node, rates if valid else None, valid, {None, rates} if valid else {None})
         self.pods[name] = pod
+        log.debug("create %s on %s", pod, node.name)
         return pod
 
     def _start(self, pod: Pod) -> None:
@@ -499,12 +593,12 @@ class Cluster:
 
     # What comes of it.
 
-    def _settle(self, number: int) -> float:
+    def _settle(self, number: int, patience: float = _PATIENCE_SECONDS) -> float:
         """Wait until everything is as it should be, and return how long that took, s."""
         start = time.monotonic()
         while differences := self._differences():
-            if time.monotonic() - start > _PATIENCE_SECONDS:
-                raise ChaosError(self._report(number, differences))
+            if time.monotonic() - start > patience:
+                raise ChaosError(self._report(number, differences, patience))
             time.sleep(_POLL_SECONDS)
         seconds = time.monotonic() - start
         for pod in self.pods.values():
@@ -560,6 +654,11 @@ class Cluster:
             held = [link for link in _descriptors(node.daemon) if link.startswith("anon_inode:bpf")]
             if held:
                 yield f"{node.name}: the daemon holds {held}"
+        for name, daemon in self.daemons().items():
+            if daemon.alive and (children := _children(daemon)):
+                yield f"{name}: has the processes {children}"
+        if (mounted := _mounted(self.bed.tag)) != self._mounted:
+            yield f"mounted: {mounted}, and not {self._mounted}"
 
     def _objects(self) -> dict[str, int]:
         """How many programs, links and maps of our pods' limiters the kernel has, whoever holds them.
@@ -581,15 +680,16 @@ class Cluster:
         return self._owners[number] in self._uids
 
     def _uses(self) -> dict[str, Use]:
-        return {f"{name} {daemon.pid}": _use(daemon) for name, daemon in self._daemons().items()}
+        return {f"{name} {each.pid}": _use(each) for name, each in self.daemons().items() if each.alive}
 
-    def _daemons(self) -> dict[str, Daemon]:
+    def daemons(self) -> dict[str, Daemon]:
+        """All that runs of bpfrl, by name."""
         masters = {f"master-{number}": master for number, master in enumerate(self.bed.masters)}
         return masters | {node.name: node.daemon for node in self.bed.nodes}
 
-    def _report(self, number: int, differences: Sequence[str]) -> str:
-        lines = [f"seed {self._seed}, round {number}: after {_PATIENCE_SECONDS:.0f} s still", *differences]
-        for name, daemon in self._daemons().items():
+    def _report(self, number: int, differences: Sequence[str], patience: float) -> str:
+        lines = [f"seed {self._seed}, round {number}: after {patience:.0f} s still", *differences]
+        for name, daemon in self.daemons().items():
             lines += ["", f"{name}, its last lines:", *daemon.output().splitlines()[-_LOG_LINES:]]
         return "\n".join(lines)
 
@@ -613,7 +713,7 @@ def run(rounds: int, seed: int, server: type[StandIn | RealApi], tell: Callable[
             tell(_line(played))
         built.finish(rounds)
     summary = _summary(facts, course, server.__name__, seed)
-    if summary.growth > _GROWTH:
+    if summary.growth > GROWTH:
         raise ChaosError(f"seed {seed}: a daemon holds {summary.growth} descriptors or threads more than at first")
     return summary
 
@@ -674,13 +774,13 @@ def _summary(facts: Machine, course: Sequence[Round], server: str, seed: int) ->
         p99=seconds[math.ceil(0.99 * len(seconds)) - 1],
         longest=seconds[-1],
         leaks=0,
-        growth=_growth(course),
+        growth=growth(course),
         witness=(witness[0], witness[-1]),
         course=course,
     )
 
 
-def _growth(course: Sequence[Round]) -> int:
+def growth(course: Sequence[Round]) -> int:
     """By how much any daemon has grown, from the first third of its life to the last; short lives tell nothing."""
     lives: dict[str, list[Use]] = {}
     for played in course:
@@ -724,6 +824,18 @@ def _descriptors(daemon: Daemon) -> list[str]:
         except FileNotFoundError:  # closed meanwhile
             continue
     return found
+
+
+def _children(daemon: Daemon) -> list[str]:
+    """The processes that a daemon has started and that have not ended."""
+    tasks = Path(f"/proc/{daemon.pid}/task").iterdir()
+    return [child for task in tasks for child in (task / "children").read_text().split()]
+
+
+def _mounted(tag: str) -> list[str]:
+    """Where something is mounted whose path has this in it, and how."""
+    lines = (line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines())
+    return sorted(f"{fields[4]} {fields[fields.index('-') + 1]} {fields[5]}" for fields in lines if tag in fields[4])
 
 
 def _owner(number: int) -> str:

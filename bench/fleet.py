@@ -26,6 +26,9 @@ from typing import Any, Final
 
 from bench.lab import BPFRL, in_namespace, remove_cgroups, run
 from bpfrl import cgroup
+from bpfrl.bpf.limiter import Broken, Status
+from bpfrl.limits import Limits
+from bpfrl.node.agent import Agent
 
 # Kinds of the programs that a limiter has on its pod's cgroup, and cooperation on that of all pods.
 LIMITER_KINDS: Final = ["cgroup_inet_egress", "cgroup_inet_ingress", "cgroup_sock_ops"]
@@ -52,6 +55,11 @@ class Daemon:
     log: Path
     process: subprocess.Popen[bytes] | None = None
     _before: int = field(default=0, init=False)
+
+    @property
+    def alive(self) -> bool:
+        """True while it runs."""
+        return self.process is not None and self.process.poll() is None
 
     def start(self) -> None:
         """Start it, if it does not run."""
@@ -183,11 +191,14 @@ class Node:
         run("ip", "-n", self.namespace, "link", "set", "eth0", "down")
 
     def limits(self) -> dict[str, tuple[int, int]]:
-        """What is in force here by UID, as (egress, ingress) in bit/s with 0 for none, as bpfrl list tells it.
+        """What is in force here by UID, as (egress, ingress) in bit/s with 0 for none.
 
-        A broken folder has (-1, -1).
+        A broken folder has (-1, -1). It is what bpfrl list tells, asked for without a process of its own.
         """
-        return {uid: (-1, -1) if "error" in item else _rates(item) for uid, item in self.items().items()}
+        found = Agent(self.bpffs).limiters()
+        return {each.uid: (-1, -1) for each in found if isinstance(each, Broken)} | {
+            each.pod.uid: _rates(each.limits) for each in found if isinstance(each, Status)
+        }
 
     def items(self) -> dict[str, dict[str, Any]]:
         """What bpfrl list tells programs, by UID."""
@@ -328,6 +339,6 @@ def _programs(path: Path) -> list[tuple[str, int]]:
     return sorted((program["attach_type"], program["id"]) for program in json.loads(output.strip() or b"[]"))
 
 
-def _rates(item: dict[str, Any]) -> tuple[int, int]:
-    egress, ingress = (item[direction]["limit_bits_per_second"] or 0 for direction in ("egress", "ingress"))
+def _rates(limits: Limits) -> tuple[int, int]:
+    egress, ingress = (rate.bits if rate else 0 for rate in (limits.egress, limits.ingress))
     return egress, ingress

@@ -164,6 +164,17 @@ class Api(ABC):
         self.stop()
         self.start()
 
+    @property
+    def pid(self) -> int:
+        """The server's process.
+
+        Raises:
+            RuntimeError: it does not run.
+        """
+        if self._server is None:
+            raise RuntimeError("it does not run")
+        return self._server.pid
+
     def _end(self, signum: signal.Signals) -> None:
         if self._server is not None:
             self._server.end(signum)
@@ -497,6 +508,10 @@ class _Process:
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, cwd=_ROOT
             )
 
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
     def ended(self) -> bool:
         return self._child.poll() is not None
 
@@ -595,9 +610,9 @@ def _certificate(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePub
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        # Clocks may differ a little.
+        # Clocks may be set, by bench.faults: what expires is not to be this.
         .not_valid_before(now - dt.timedelta(hours=1))
-        .not_valid_after(now + dt.timedelta(days=1))
+        .not_valid_after(now + dt.timedelta(days=3650))
     )
 
 

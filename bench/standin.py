@@ -23,6 +23,8 @@ answered are `refused`, and `watching` is how many watches are open. A POST make
     {"drop": true}      closes the connections of all watches without a word
     {"garbage": true}   sends a line that is no JSON to all watches
     {"compact": true}   forgets all history, and tells all watches that they are too old
+    {"truncate": true}  breaks off the answers to lists of all pods half-way, until {"truncate": false}
+    {"trickle": 4096}   sends so many bytes a second of such lists, and of what watches send, until {"trickle": 0}
 """
 
 from __future__ import annotations
@@ -65,6 +67,9 @@ _BATCH: Final = 500
 _SHUTDOWN_SECONDS: Final = 1.0
 _SUFFIX_LENGTH: Final = 5
 _NULL: Final = msgspec.Raw(b"null")
+# What a trickle comes in.
+_PIECE: Final = 256
+_ALL_PODS: Final = "/api/v1/pods"
 _GARBAGE: Final = b"this is not JSON\n"
 _REASONS: Final = {429: "TooManyRequests", 500: "InternalError", 503: "ServiceUnavailable"}
 
@@ -516,6 +521,8 @@ class Server:
         self.store = store
         self.bookmark_interval = bookmark_interval
         self.stalled = False
+        self.trickle = 0
+        self._truncated = False
         self._authorization = f"Bearer {token}"
         self._refusal: Refusal | None = None
         self._counters: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -566,9 +573,37 @@ class Server:
                 reason = _REASONS.get(refusal.code, "Unknown")
                 raise StatusError(refusal.code, reason, "a fault that was asked for", refusal.retry_after)
             self._counters[resource][actual] += 1
-            return await handler(request)
+            answer = await handler(request)
+            if actual == "list" and request.path == _ALL_PODS and isinstance(answer, web.Response):
+                return await self._hindered(request, answer)
+            return answer
 
         return serve
+
+    async def _hindered(self, request: web.Request, answer: web.Response) -> web.StreamResponse:
+        """Send an answer slowly, or only half of it, where a fault wants that."""
+        body = answer.body
+        if not (self.trickle or self._truncated) or not isinstance(body, bytes):
+            return answer
+        response = web.StreamResponse(headers={"Content-Type": "application/json", "Content-Length": str(len(body))})
+        with suppress(ConnectionError):
+            await response.prepare(request)
+            await self.send(response, body[: len(body) // 2] if self._truncated else body)
+            if self._truncated and request.transport:
+                request.transport.close()
+            else:
+                await response.write_eof()
+        return response
+
+    async def send(self, response: web.StreamResponse, content: bytes) -> None:
+        """Send a part of an answer, as fast as a fault lets it."""
+        for start in range(0, len(content), _PIECE):
+            if self.trickle:
+                await asyncio.sleep(_PIECE / self.trickle)
+                await response.write(content[start : start + _PIECE])
+            else:
+                await response.write(content[start:])
+                return
 
     async def serve(self, request: web.Request, watch: Watch, table: Table) -> web.StreamResponse:
         """Send a watch's events until it has ended or the client is gone."""
@@ -580,12 +615,25 @@ class Server:
         try:
             with suppress(ConnectionError):
                 await response.prepare(request)
-                await _send(watch, response)
+                await self._send_events(watch, response)
                 await response.write_eof()
         finally:
             table.watches.discard(watch)
             self._connections.pop(watch, None)
         return response
+
+    async def _send_events(self, watch: Watch, response: web.StreamResponse) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            lines = watch.due(loop.time())
+            for start in range(0, len(lines), _BATCH):
+                await self.send(response, b"".join(lines[start : start + _BATCH]))
+            if watch.ended:
+                return
+            with suppress(TimeoutError):
+                async with asyncio.timeout(watch.patience(loop.time())):
+                    await watch.wake.wait()
+            watch.wake.clear()
 
     async def _report(self, _request: web.Request) -> web.Response:
         watching = {table.kind.resource: len(table.watches) for table in self.store.tables.values()}
@@ -598,6 +646,8 @@ class Server:
             self._refusal = _refusal(faults["status"])
         if "stall" in faults:
             self.stalled = bool(faults["stall"])
+        self._truncated = bool(faults.get("truncate", self._truncated))
+        self.trickle = int(faults.get("trickle", self.trickle))
         if faults.get("compact"):
             self.store.compact()
         for watch, transport in self._connections.items():
@@ -609,20 +659,6 @@ class Server:
                 transport.abort()
             watch.wake.set()
         return _json({})
-
-
-async def _send(watch: Watch, response: web.StreamResponse) -> None:
-    loop = asyncio.get_running_loop()
-    while True:
-        lines = watch.due(loop.time())
-        for start in range(0, len(lines), _BATCH):
-            await response.write(b"".join(lines[start : start + _BATCH]))
-        if watch.ended:
-            return
-        with suppress(TimeoutError):
-            async with asyncio.timeout(watch.patience(loop.time())):
-                await watch.wake.wait()
-        watch.wake.clear()
 
 
 class Collection:

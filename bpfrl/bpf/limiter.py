@@ -59,6 +59,8 @@ _STATE_MAPS: Final = (
     (sockets.STORAGE, sockets.STORAGE),
 )
 _IDENTITY: Final = ("identity", ".rodata.identity")
+# What it takes to pace again.
+_RESUMING: Final = (_SOCKOPS, sockets.STORAGE)
 # linux/bpf.h
 _READ_ONLY: Final = 1 << 7
 _MMAPABLE: Final = 1 << 10
@@ -236,8 +238,7 @@ def install(image: bytes, path: Path, folder: Path, report: Callable[[Stage], No
 
     Raises:
         InvalidObjectError: the object holds other programs or maps than a limiter's.
-        KernelError: the kernel refused some step; the limit is as it was. Where that step was to attach what paces,
-            a predecessor is left that only drops, and the next attach makes it whole.
+        KernelError: the kernel refused some step; the limit is as it was.
         PermissionDeniedError: likewise, for want of privileges.
     """
     staged = folder.with_name(folder.name + STAGED)
@@ -252,6 +253,7 @@ def install(image: bytes, path: Path, folder: Path, report: Callable[[Stage], No
         log.info("loaded the programs for %s", path)
         report(Stage.LOADED)
         with ExitStack() as undo:
+            undo.callback(_resume_pacing, folder, path, target)
             staged.mkdir(mode=0o700)
             undo.callback(discard, staged)
             for name, symbol in (*_STATE_MAPS, _IDENTITY):
@@ -272,7 +274,7 @@ def install(image: bytes, path: Path, folder: Path, report: Callable[[Stage], No
         log.info("attached and pinned in %s", folder)
         _adopt(loaded, path)
     if retired.exists():
-        discard(retired)
+        _take_down(retired)  # its pacing has gone before, and what it would give back now is its successor's
 
 
 def remove(folder: Path) -> None:
@@ -291,6 +293,11 @@ def discard(folder: Path) -> None:
         BrokenLimiterError: the folder holds what bpfrl has not made; that, and the folder, stay.
     """
     _stop_pacing(folder)
+    _take_down(folder)
+
+
+def _take_down(folder: Path) -> None:
+    """:func:`discard`, for what does not pace any more."""
     for name, _, _ in _PROGRAMS:
         # Unlinking the pin alone would let go of the cgroup some time later.
         with suppress(KernelError), libbpf.open_pinned(folder / (name + _LINK)) as link:
@@ -353,20 +360,41 @@ def _stop_pacing(folder: Path) -> None:
         log.warning("connections keep the pacing rate they had: %s", error)
 
 
-def _adopt(loaded: LoadedObject, path: Path) -> None:
-    """Reach the connections that were there before; the limits then tell that this was done."""
+def _resume_pacing(folder: Path, path: Path, target: int) -> None:
+    """Undo :func:`_stop_pacing` where a cgroup's limiter stays after all; one that still paces is left alone."""
+    if not folder.exists():
+        return
+    pin = folder / (_SOCKOPS + _LINK)
     try:
-        visited = sockets.adopt(loaded.map(sockets.STORAGE), path, _CALLBACKS)
+        with ExitStack() as stack:
+            links = [stack.enter_context(libbpf.open_pinned(folder / (name + _LINK))) for name, _, _ in _PROGRAMS]
+            *enforcing, pacing = (libbpf.linked(link).cgroup_id for link in links)
+            if pacing or cgroup.id_of(path) not in enforcing:
+                return
+            program, storage = (stack.enter_context(libbpf.open_pinned(folder / name)) for name in _RESUMING)
+            link = stack.enter_context(libbpf.attach(program, target, AttachType.CGROUP_SOCK_OPS))
+            successor = pin.with_name(pin.name + STAGED)
+            link.pin(successor)
+            successor.rename(pin)
+            sockets.adopt(storage, path, _CALLBACKS)
+    except (BpfrlError, OSError) as error:
+        log.warning("%s only drops from now on: attach the pod again: %s", folder, error)
+
+
+def _adopt(loaded: LoadedObject, path: Path) -> None:
+    """Reach the connections that were there before; the limits then tell that this was done.
+
+    The limiter is at work by now: what cannot be done here is no reason to say that it is not.
+    """
+    try:
+        if sockets.adopt(loaded.map(sockets.STORAGE), path, _CALLBACKS).refused:
+            raise KernelError("the kernel lacks the option (6.13 has it)")
+        limits = loaded.map(_LIMITS)
+        data = libbpf.read(limits, 0, LimitsData)
+        data.adopted = 1
+        libbpf.write(limits, 0, data)
     except BpfrlError as error:
         log.warning("connections that were there before are only policed: %s", error)
-        return
-    if visited.refused:
-        log.warning("connections that were there before are only policed: the kernel lacks the option (6.13 has it)")
-        return
-    limits = loaded.map(_LIMITS)
-    data = libbpf.read(limits, 0, LimitsData)
-    data.adopted = 1
-    libbpf.write(limits, 0, data)
 
 
 def _sockops_on(path: Path, *, effective: bool) -> set[int]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import socket
 import urllib.parse
 from collections.abc import AsyncIterator, Set
 from typing import Any, Final, Protocol, TypeVar
@@ -43,6 +44,13 @@ _PAGE: Final = 500
 _WATCH_SECONDS: Final = 300
 # A server that sends bookmarks does so once a minute: one that is silent for longer than two is gone.
 _SILENCE_SECONDS: Final = 150.0
+# Sooner than that the kernel knows of a connection that does not even acknowledge: after 30 s, as client-go.
+_KEEPALIVE: Final = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 15),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+)
 _CONNECT_SECONDS: Final = 10.0
 _LIST_SECONDS: Final = 120.0
 _FIRST_PAUSE_SECONDS: Final = 0.2
@@ -218,6 +226,7 @@ class PodWatch:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENCE_SECONDS)
         said_something = False
         async with self._api.request("GET", _PODS, query, timeout=timeout) as response:
+            _keep_alive(response)
             self._observer.watching()
             async for line in _lines(response.content):
                 self._apply(_decode(_events, line))
@@ -263,6 +272,14 @@ def _read(raw: RawPod) -> Pod | None:
     except InvalidValueError as error:
         log.warning("pod %s/%s is left out: %s", raw.metadata.namespace, raw.metadata.name, error)
         return None
+
+
+def _keep_alive(response: aiohttp.ClientResponse) -> None:
+    """Have the kernel see that a silent connection is dead: a gateway in between may have forgotten it."""
+    transport = response.connection.transport if response.connection else None
+    if transport and (connected := transport.get_extra_info("socket")):
+        for level, option, value in _KEEPALIVE:
+            connected.setsockopt(level, option, value)
 
 
 async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:

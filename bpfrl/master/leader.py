@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
@@ -71,6 +72,24 @@ class _Lock(LeaseLock):
         except (ApiException, ConfigException, aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
             log.warning("lease %s: %s", LEASE, " ".join(str(error).split()) or type(error).__name__)
             return None
+
+
+class _SteadyTime:
+    """The time of day when this was made, and evenly on from there, whatever is done to the machine's clock.
+
+    The client's election measures with the time of day how long it has seen no sign of a leader. Set back by a day,
+    it would wait a day longer for one that is gone; set ahead, it would take the Lease from one that leads.
+    """
+
+    def __init__(self) -> None:
+        self._begun = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+    def time(self) -> float:
+        """What time.time() would tell, s."""
+        return self._begun + time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+leaderelection.time = _SteadyTime()  # type: ignore[assignment, attr-defined]
 
 
 class Leadership:

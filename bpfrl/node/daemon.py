@@ -53,6 +53,10 @@ _OPTIONS: Final = (
     # Masters see twice a minute whether this node is still there.
     ("grpc.http2.min_ping_interval_without_data_ms", tls.KEEPALIVE_SECONDS * 500),
     ("grpc.keepalive_permit_without_calls", 1),
+    # And the node sees whether a silent master is: what has lost its other end is not kept for an hour.
+    ("grpc.keepalive_time_ms", tls.KEEPALIVE_SECONDS * 2000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
     # A certificate is checked in the handshake: once an hour there is a new one.
     ("grpc.max_connection_age_ms", 3_600_000),
     ("grpc.max_connection_age_grace_ms", 60_000),

@@ -126,8 +126,8 @@ def _make_authority(folder: Path, validity: timedelta) -> None:
         .add_extension(_usage(signs_certificates=True), critical=True)
         .sign(key, hashes.SHA256())
     )
-    files.write(folder / AUTHORITY_KEY, _pem(key))
-    files.write(folder / tls.AUTHORITY_FILE, certificate.public_bytes(Encoding.PEM), 0o644)
+    _write(folder / AUTHORITY_KEY, _pem(key))
+    _write(folder / tls.AUTHORITY_FILE, certificate.public_bytes(Encoding.PEM), 0o644)
 
 
 def _make_certificate(
@@ -150,9 +150,9 @@ def _make_certificate(
         .sign(authority_key, hashes.SHA256())
     )
     # The daemons wait until key and certificate belong together: see tls.Certificates.
-    files.write(folder / tls.KEY_FILE, _pem(key))
-    files.write(folder / tls.CERTIFICATE_FILE, certificate.public_bytes(Encoding.PEM), 0o644)
-    files.write(folder / tls.AUTHORITY_FILE, authority.public_bytes(Encoding.PEM), 0o644)
+    _write(folder / tls.KEY_FILE, _pem(key))
+    _write(folder / tls.CERTIFICATE_FILE, certificate.public_bytes(Encoding.PEM), 0o644)
+    _write(folder / tls.AUTHORITY_FILE, authority.public_bytes(Encoding.PEM), 0o644)
 
 
 def _builder(
@@ -214,3 +214,10 @@ def _is_good(folder: Path, authority: x509.Certificate) -> bool:
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def _write(path: Path, content: bytes, mode: int = 0o600) -> None:
+    try:
+        files.write(path, content, mode)
+    except OSError as error:
+        raise CertificateError(f"{path}: {error.strerror}") from error

@@ -511,6 +511,30 @@ def test_a_stalled_watch_is_silent_and_goes_on(stand_in: StandIn, namespace: str
         stand_in.faults(stall=False)
 
 
+def test_a_truncated_list_breaks_off(stand_in: StandIn, namespace: str) -> None:
+    stand_in.create_pod("web", namespace=namespace)
+    stand_in.faults(truncate=True)
+    try:
+        with pytest.raises(http.client.IncompleteRead):
+            stand_in.request("GET", "/api/v1/pods")
+        assert names(stand_in.request("GET", pods(namespace))) == ["web"]  # it is lists of all pods that break off
+    finally:
+        stand_in.faults(truncate=False)
+    assert "web" in names(stand_in.request("GET", "/api/v1/pods"))
+
+
+def test_a_trickle_takes_its_time_and_comes_whole(stand_in: StandIn, namespace: str) -> None:
+    whole = stand_in.request("GET", "/api/v1/pods", fieldSelector=f"metadata.namespace={namespace}")
+    stand_in.faults(trickle=256)
+    start = time.monotonic()
+    try:
+        slow = stand_in.request("GET", "/api/v1/pods", fieldSelector=f"metadata.namespace={namespace}")
+    finally:
+        stand_in.faults(trickle=0)
+    assert time.monotonic() - start >= 0.4
+    assert names(slow) == names(whole)
+
+
 def test_a_dropped_watch_does_not_end_but_break(stand_in: StandIn, namespace: str) -> None:
     with stand_in.watch(pods(namespace)) as events:
         stand_in.faults(drop=True)

@@ -242,3 +242,33 @@ def test_a_kernel_that_refuses_any_step_leaves_everything_as_it_was(bed: Lab, mo
                     break
         agent.detach(bed.pod_uid)
     assert tried == 1 + 11 + 3
+
+
+@pytest.mark.parametrize("fatal", [1, 2, 3])
+def test_a_kernel_that_refuses_a_successor_leaves_the_predecessor_as_it_was(
+    bed: Lab, monkeypatch: pytest.MonkeyPatch, fatal: int
+) -> None:
+    """Also where that has stopped pacing already, so that two do not pace the same sockets."""
+    agent, image = Agent(bed.bpffs), generator.generate(None, Limits(Rate(10**6)))
+    agent.attach(image, PodRef(bed.pod_uid), bed.pod_cgroup)
+    (bed.bpffs / bed.pod_uid / "identity").unlink()
+    kinds, pins = [kind for kind, _ in attached(bed)], sorted((bed.bpffs / bed.pod_uid).iterdir())
+    real, calls = libbpf.attach, 0
+
+    def refuse(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == fatal:
+            raise KernelError("refused")
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(libbpf, "attach", refuse)
+        with pytest.raises(KernelError, match=r"^refused$"):
+            agent.attach(image, PodRef(bed.pod_uid), bed.pod_cgroup)
+    assert [kind for kind, _ in attached(bed)] == kinds
+    assert sorted((bed.bpffs / bed.pod_uid).iterdir()) == pins
+    assert entries(bed) == [bed.pod_uid]
+    agent.attach(image, PodRef(bed.pod_uid), bed.pod_cgroup)
+    assert len(attached(bed)) == 3
+    assert "error" not in only(bed)

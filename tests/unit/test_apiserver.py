@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
@@ -464,6 +466,27 @@ def test_a_server_that_is_silent_for_too_long_is_gone(
     assert pauses[0] > 0
     assert play.kinds == ["list", "watch 7", "watch 8"]
     assert "the API server does not answer" in caplog.text
+
+
+def test_the_kernel_looks_after_a_watch_that_is_silent() -> None:
+    kept: list[int] = []
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(bookmark("3"))
+        await asyncio.sleep(0.2)
+        # The client's end of the connection is in this process.
+        assert request.transport
+        peer = request.transport.get_extra_info("peername")
+        for name in os.listdir("/proc/self/fd"):
+            with suppress(OSError), socket.socket(fileno=os.dup(int(name))) as end:
+                if end.family == socket.AF_INET and end.getsockname() == peer:
+                    kept.append(end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+        return response
+
+    turns(1, listing("2"), answer)
+    assert kept == [1]
 
 
 def test_a_watch_may_take_longer_than_any_silence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,8 @@ from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
 from bpfrl.master.leader import LEASE, Leadership
 from tests.unit.fakes import a_while, api_server, client_of, run, running, until
 
+# What the election goes by when nobody makes it run faster.
+_CLOCK = leaderelection.time  # type: ignore[attr-defined]
 _SPEED = 50
 _DURATION = 15
 _PATH = "/apis/coordination.k8s.io/v1/namespaces/bpfrl/leases"
@@ -142,6 +144,13 @@ async def masters(number: int) -> AsyncIterator[tuple[Leases, list[Master]]]:
 
 def acting(found: list[Master]) -> Callable[[], list[str]]:
     return lambda: [master.name for master in found if master.acting]
+
+
+def test_an_election_does_not_go_by_a_clock_that_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, steady = time.time(), time.monotonic()
+    monkeypatch.setattr(time, "time", lambda: before - 86_400)
+    monkeypatch.setattr(time, "monotonic", lambda: steady)
+    assert before - 60 < _CLOCK.time() < before + 60
 
 
 def test_only_one_acts() -> None:
