@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import cache
@@ -19,7 +20,7 @@ from bpfrl import cgroup, libc
 from bpfrl.bpf import generator, libbpf
 from bpfrl.bpf.layout import SOCKET_BYTES, VisitData
 from bpfrl.bpf.libbpf import Descriptor, LoadedObject, MapShape, MapType
-from bpfrl.errors import CompilerError, KernelError
+from bpfrl.errors import BpfrlError, CompilerError, KernelError, VerifierError
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,16 @@ class Counted(NamedTuple):
 
     known: int
     paced: int
+
+
+@cache  # a kernel does not change its mind
+def reachable() -> bool:
+    """True where the kernel lets the sockets be visited that are there already."""
+    try:
+        with LoadedObject(generator.compile_object(_SOURCE)):
+            return True
+    except BpfrlError:
+        return False
 
 
 @cache  # and warn of it once
@@ -108,7 +119,11 @@ def _visit(name: str, storage: Descriptor, path: Path, data: VisitData) -> Visit
         namespaces = [stack.enter_context(Descriptor(number)) for number in cgroup.open_network_namespaces(path)]
         if not namespaces:
             return data
-        loaded = stack.enter_context(LoadedObject(generator.compile_object(_SOURCE), reuse={STORAGE: storage}))
+        image = generator.compile_object(_SOURCE)
+        try:
+            loaded = stack.enter_context(LoadedObject(image, reuse={STORAGE: storage}))
+        except VerifierError as error:
+            raise KernelError(f"this kernel ({platform.release()}) has no iterator for it (Linux 6.1 has)") from error
         program, visit = loaded.program(name), loaded.map(_VISIT)
         libbpf.write(visit, 0, data)
         for namespace in namespaces:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from bpfrl import cgroup, libc
-from bpfrl.bpf import cooperation, generator, law, libbpf, limiter, sockets
+from bpfrl.bpf import cooperation, generator, law, libbpf, limiter, probe, sockets
 from bpfrl.bpf.layout import LimitsData
 from bpfrl.bpf.libbpf import Cost
 from bpfrl.bpf.limiter import Broken, Limiter, Stage, Status
@@ -86,7 +86,11 @@ class Agent:
                     " bpfrl list -o wide shows it; detach it first"
                 )
             if current is None or current.cgroup_id != cgroup.id_of(path):
-                limiter.install(generator.relabel(image, contents, pod, cgroup.id_of(path)), path, folder, report)
+                filled = generator.relabel(image, contents, pod, cgroup.id_of(path))
+                try:
+                    limiter.install(filled, path, folder, report)
+                except KernelError as error:
+                    raise probe.explain(error) from error
                 return Change.ATTACHED
             if not _runs(current, pod, contents.build):
                 current.upgrade(generator.relabel(image, contents, pod if pod.name else current.pod, current.cgroup_id))
