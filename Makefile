@@ -1,5 +1,5 @@
 # Everything runs as root: BPF programs are loaded, namespaces and cgroups are made.
-.PHONY: demo test lint bench bench-cluster install proto generated requirements
+.PHONY: demo test lint bench bench-cluster kernels install proto generated requirements
 
 demo: install
 	.venv/bin/python -m bench.demo
@@ -24,6 +24,12 @@ bench-cluster: install
 		.venv/bin/python -m bench.converge --real && .venv/bin/python -m bench.chaos --rounds 20 --seed 2 --real; \
 	fi
 	.venv/bin/python -m bench.cluster_page
+
+# Boots Debian's kernels in emulated machines, runs tests/kernels/core.py in each, and writes docs/kernels.md: some four
+# minutes a kernel.
+kernels: install
+	@tools/install qemu-system-x86 busybox-static cpio
+	.venv/bin/python -m tests.kernels.run
 
 install:
 	@tools/install

@@ -48,9 +48,8 @@ class Counted(NamedTuple):
     paced: int
 
 
-@cache  # a kernel does not change its mind
 def reachable() -> bool:
-    """True where the kernel lets the sockets be visited that are there already."""
+    """True where the sockets that are there already can be visited: the kernel can, and the program is to be had."""
     try:
         with LoadedObject(generator.compile_object(_SOURCE)):
             return True

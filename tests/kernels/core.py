@@ -169,7 +169,7 @@ def test_a_limit_changes_while_it_is_used_and_goes_without_a_trace(
 
 
 def loaded() -> list[int]:
-    """The ids of a limiter's programs, as bpftool sees them, which cannot show the cgroups of a kernel older than it."""
+    """The ids of a limiter's programs, as bpftool sees them; it cannot show the cgroups of a kernel older than it."""
     return sorted(program["id"] for program in bpftool("prog", "show") if program.get("name", "").startswith("bpfrl_"))
 
 
