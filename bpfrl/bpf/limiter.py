@@ -356,7 +356,7 @@ def _stop_pacing(folder: Path) -> None:
         with libbpf.open_pinned(folder / sockets.STORAGE) as storage:
             sockets.release(storage, path)
     except BpfrlError as error:
-        log.warning("connections keep the pacing rate they had: %s", error)
+        log.warning("connections that do not send keep the pacing rate they had: %s", error)
 
 
 def _lift(folder: Path) -> None:

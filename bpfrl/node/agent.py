@@ -87,10 +87,8 @@ class Agent:
                 )
             if current is None or current.cgroup_id != cgroup.id_of(path):
                 filled = generator.relabel(image, contents, pod, cgroup.id_of(path))
-                try:
+                with _explained():
                     limiter.install(filled, path, folder, report)
-                except KernelError as error:
-                    raise probe.explain(error) from error
                 return Change.ATTACHED
             if not _runs(current, pod, contents.build):
                 current.upgrade(generator.relabel(image, contents, pod if pod.name else current.pod, current.cgroup_id))
@@ -216,7 +214,7 @@ class Agent:
             KernelError: the kernel refused; nothing is left of it.
         """
         self.mount()
-        with self._lock(fcntl.LOCK_EX), _present(path):
+        with self._lock(fcntl.LOCK_EX), _present(path), _explained():
             return cooperation.attach(path, self.bpffs)
 
     def stop_cooperating(self, cgroup_id: int) -> bool:
@@ -347,6 +345,15 @@ class Agent:
             raise _refused(f"change or read {self.bpffs}", error) from error
         finally:
             os.close(number)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Have a kernel that is too old say so."""
+    try:
+        yield
+    except KernelError as error:
+        raise probe.explain(error) from error
 
 
 def _locked(number: int, kind: int) -> bool:
