@@ -351,7 +351,14 @@ OLDEST: Final = max(
 
 
 def explain(error: KernelError) -> KernelError:
-    """Why the kernel has refused a limiter: in place of its own words, what it lacks of what is needed, if anything."""
+    """Why the kernel has refused a limiter: where it is old, what it lacks of what is needed, in place of its own words.
+
+    A newer one may refuse for want of much else, of privileges for example.
+    """
+    release = platform.release()
+    found, oldest = version_of(release), version_of(OLDEST)
+    if not found or not oldest or found >= oldest:
+        return error
     for feature in FEATURES:
         if feature.needed:
             try:
@@ -360,7 +367,7 @@ def explain(error: KernelError) -> KernelError:
                 return error
             except BpfrlError:
                 return type(error)(
-                    f"this kernel ({platform.release()}) has no {feature.name}, for {feature.purpose}:"
+                    f"this kernel ({release}) has no {feature.name}, for {feature.purpose}:"
                     f" bpfrl needs Linux {OLDEST} or newer"
                 )
     return error

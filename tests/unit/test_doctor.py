@@ -214,6 +214,14 @@ def test_what_a_kernel_does_without_explains_no_refusal(monkeypatch: pytest.Monk
         monkeypatch.undo()
 
 
+def test_a_kernel_that_is_new_enough_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without CAP_NET_ADMIN, say, what needs it cannot be tried either."""
+    lacking(monkeypatch, "cgroup links", KernelError("cannot attach: another program has this cgroup to itself"))
+    monkeypatch.setattr(platform, "release", lambda: "6.1.0-50-cloud-amd64")
+    refused = KernelError("cannot attach")
+    assert probe.explain(refused) is refused
+
+
 @pytest.mark.parametrize("error", [PermissionDeniedError("no"), probe.UntriedError("read-only here")])
 def test_what_cannot_be_tried_explains_no_refusal(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     lacking(monkeypatch, "cgroup links", error)
