@@ -351,7 +351,7 @@ OLDEST: Final = max(
 
 
 def explain(error: KernelError) -> KernelError:
-    """Why the kernel has refused a limiter: where it is old, what it lacks of what is needed, in place of its own words.
+    """Why a kernel has refused a limiter: where it is old, what it lacks of what is needed, in place of its own words.
 
     A newer one may refuse for want of much else, of privileges for example.
     """

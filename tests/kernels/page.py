@@ -168,7 +168,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
 
 
 def _megabits(rate: float | None) -> str:
-    return "-" if rate is None else f"{rate / 1e6:.3g}"
+    return "-" if rate is None else f"{rate / 1e6:.1f}"
 
 
 def _percent(part: float | None) -> str:
