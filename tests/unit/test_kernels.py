@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import lzma
+from pathlib import Path
+
 import pytest
 
 from bpfrl.bpf import probe
 from tests.kernels import page
-from tests.kernels.debian import SUITES
+from tests.kernels.debian import SUITES, Kernel
 from tests.kernels.page import Run
 
 RUNS = page.load()
@@ -43,3 +46,18 @@ def test_a_kernel_without_figures_has_gaps_and_no_errors() -> None:
     text = page.text([Run("sid", "linux 9", "9.9.9-amd64", 1.0, {"test_a": "failed"})])
     assert "0 of 1 passed" in text
     assert "| TCP out, goodput | - |" in text
+
+
+def test_modules_come_after_those_that_they_need_and_once(tmp_path: Path) -> None:
+    def module(name: str, needs: str) -> bytes:
+        return f"ELF\0name={name}\0depends={needs}\0".encode()
+
+    (tmp_path / "virtio_pci.ko").write_bytes(module("virtio_pci", "virtio,virtio_ring"))
+    (tmp_path / "virtio-ring.ko.xz").write_bytes(lzma.compress(module("virtio_ring", "")))
+    (tmp_path / "virtio.ko").write_bytes(module("virtio", "virtio-ring"))
+    found = Kernel("sid", "", tmp_path, tmp_path).modules_for(("virtio_pci", "virtio", "built_in"))
+    assert found == [
+        module("virtio_ring", ""),
+        module("virtio", "virtio-ring"),
+        module("virtio_pci", "virtio,virtio_ring"),
+    ]
