@@ -1,5 +1,5 @@
 # Everything runs as root: BPF programs are loaded, namespaces and cgroups are made.
-.PHONY: demo test lint hostile faults soak bench bench-cluster bench-scale install proto generated requirements
+.PHONY: demo test lint hostile faults soak kernels bench bench-cluster bench-scale install proto generated requirements
 
 demo: install
 	.venv/bin/python -m bench.demo
@@ -45,6 +45,12 @@ SECONDS ?= 600
 SEED ?= 1
 soak: install
 	.venv/bin/python -m bench.soak --seconds $(SECONDS) --seed $(SEED)
+
+# Boots Debian's kernels in emulated machines, runs tests/kernels/core.py in each, and writes docs/kernels.md: some four
+# minutes a kernel.
+kernels: install
+	@tools/install qemu-system-x86 busybox-static cpio
+	.venv/bin/python -m tests.kernels.run
 
 install:
 	@tools/install

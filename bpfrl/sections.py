@@ -206,7 +206,7 @@ def _sockets(report: Report, limiter: Status) -> Finding:
     known, paced = report.sockets
     lines = [f"{known} TCP sockets are known to the limiter, {paced} of them are paced"]
     if not limiter.adopted:
-        lines.append("connections from before the limit are not paced (that takes Linux 6.13)")
+        lines.append("connections from before the limit are not paced (that takes Linux 6.12)")
     return Finding("sockets", Mark.OK if limiter.adopted else Mark.WARNING, tuple(lines))
 
 

@@ -6,6 +6,12 @@
  * (ITU-T I.371), in ns of CLOCK_MONOTONIC: the time up to which the limit is
  * used up. A packet moves it on by its length at layer 3 divided by the rate;
  * D = tat - now is the backlog. It is virtual: nothing waits in it.
+ *
+ * It is kept as a sum, tat = origin + charged, so that CPUs need neither a lock nor a
+ * compare-and-swap (which BPF has from Linux 5.12 on) to move it: what packets cost is added
+ * to `charged`, and whoever sets the clock writes `origin` so that it comes out right for
+ * the `charged` that it has read before. Several CPUs that do so at once write the same, and
+ * what others are charged meanwhile is not lost.
  */
 #ifndef BPFRL_CLOCK_H
 #define BPFRL_CLOCK_H
@@ -27,7 +33,8 @@
 
 /* All that CPUs write in common, in one cache line a direction. */
 struct clock {
-	__u64 tat;
+	__u64 origin;		/* tat without what was charged, ns */
+	__u64 charged;		/* for all packets so far, ns */
 	__u64 rate_bits;	/* of the limit under which tat has come about */
 	__u64 mean_fair;	/* the fair rates of late, byte/s; a plain racy average */
 	__s64 mean_backlog;	/* on ingress, ns */
@@ -44,43 +51,48 @@ struct clock {
  * its bytes and takes less time for them, or else a pod that comes from 1 kbit/s
  * would wait for minutes before its new rate means anything. Where it was lowered
  * the backlog keeps its time: a millisecond of the old limit is no debt of seconds.
- * The one CPU that wins the exchange moves the clock.
+ * Everything is read before the limit's mark, and written after it: a CPU that finds the old
+ * mark has read nothing of what others have made of it.
  */
 static __always_inline __s64 rescale(struct clock *clock, const struct bpfrl_limit *limit,
-				     __s64 backlog)
+				     __u64 now)
 {
+	__u64 charged = READ_ONCE(clock->charged);
+	__s64 backlog = READ_ONCE(clock->origin) + charged - now;
+	__u64 mean_fair = READ_ONCE(clock->mean_fair);
+	__s64 mean_backlog = READ_ONCE(clock->mean_backlog);
 	__u64 old = READ_ONCE(clock->rate_bits), new = READ_ONCE(limit->rate_bits);
-	__u64 ratio, fair, scaled;
+	__u64 ratio;
 
-	if (!new || __sync_val_compare_and_swap(&clock->rate_bits, old, new) != old)
+	if (!new || old == new)
 		return backlog;
+	WRITE_ONCE(clock->rate_bits, new);
 	/* Shares stay what they are. */
 	if (old) {
-		fair = (READ_ONCE(clock->mean_fair) << MEAN_RESCALE_SHIFT) / old;
-		WRITE_ONCE(clock->mean_fair, max(fair * new >> MEAN_RESCALE_SHIFT, 1));
+		mean_fair = (mean_fair << MEAN_RESCALE_SHIFT) / old;
+		WRITE_ONCE(clock->mean_fair, max(mean_fair * new >> MEAN_RESCALE_SHIFT, 1));
 	}
 	if (old >= new)
 		return backlog;
 	ratio = (old << RESCALE_SHIFT) / new;
-	if (READ_ONCE(clock->mean_backlog) > 0)
-		WRITE_ONCE(clock->mean_backlog,
-			   (__u64)READ_ONCE(clock->mean_backlog) * ratio >> RESCALE_SHIFT);
+	if (mean_backlog > 0)
+		WRITE_ONCE(clock->mean_backlog, (__u64)mean_backlog * ratio >> RESCALE_SHIFT);
 	if (backlog <= 0)
 		return backlog;
-	scaled = (__u64)backlog * ratio >> RESCALE_SHIFT;
-	__sync_fetch_and_add(&clock->tat, scaled - backlog);
-	return scaled;
+	backlog = (__u64)backlog * ratio >> RESCALE_SHIFT;
+	WRITE_ONCE(clock->origin, now + backlog - charged);
+	return backlog;
 }
 
 /* The backlog at `now`. */
 static __always_inline __s64 backlog_at(struct clock *clock, const struct bpfrl_limit *limit,
 					__u64 now)
 {
-	__s64 backlog = READ_ONCE(clock->tat) - now;
+	__u64 charged = READ_ONCE(clock->charged);
 
 	if (unlikely(READ_ONCE(clock->rate_bits) != limit->rate_bits))
-		return rescale(clock, limit, backlog);
-	return backlog;
+		return rescale(clock, limit, now);
+	return READ_ONCE(clock->origin) + charged - now;
 }
 
 /* Pull an idle clock up to the burst's credit; the backlog afterwards. */
@@ -88,10 +100,14 @@ static __always_inline __s64 cap_credit(struct clock *clock, const struct bpfrl_
 					__u64 now, __s64 backlog)
 {
 	__s64 credit = -limit->burst_ns;
+	__u64 charged;
 
 	if (backlog >= credit)
 		return backlog;
-	__sync_val_compare_and_swap(&clock->tat, now + backlog, now + credit);
+	charged = READ_ONCE(clock->charged);
+	/* Another CPU may just have done it. */
+	if ((__s64)(READ_ONCE(clock->origin) + charged - now) < credit)
+		WRITE_ONCE(clock->origin, now + credit - charged);
 	return credit;
 }
 
@@ -101,7 +117,7 @@ static __always_inline void charge(struct clock *clock, const struct bpfrl_limit
 	__u64 cost = READ_ONCE(limit->cost);
 	__u64 shift = cost & ((1 << BPFRL_SHIFT_BITS) - 1);
 
-	__sync_fetch_and_add(&clock->tat, (bytes * (cost >> BPFRL_SHIFT_BITS)) >> shift);
+	__sync_fetch_and_add(&clock->charged, (bytes * (cost >> BPFRL_SHIFT_BITS)) >> shift);
 }
 
 /*

@@ -69,7 +69,7 @@ def attach(path: Path, bpffs: Path) -> bool:
             undo.pop_all()
         try:
             if sockets.adopt(storage, path, _CALLBACKS).refused:
-                log.warning("connections that were there before do not cooperate: the kernel lacks the option (6.13)")
+                log.warning("connections that were there before do not cooperate: the kernel lacks the option (6.12)")
         except BpfrlError as error:
             log.warning("connections that were there before do not cooperate: %s", error)
     log.info("senders below %s cooperate", path)

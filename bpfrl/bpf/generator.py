@@ -38,7 +38,7 @@ from bpfrl.limits import Limits, PodRef
 
 log = logging.getLogger(__name__)
 
-# -mcpu=v3 has compare-and-swap (kernel 5.12); -g makes the BTF that libbpf needs for maps.
+# -mcpu=v3 has 32-bit arithmetic and jumps (Linux 5.1); -g makes the BTF that libbpf needs for maps.
 _FLAGS: Final = ("-target", "bpf", "-mcpu=v3", "-O2", "-g", "-Wall", "-Wextra", "-Werror")
 _SOURCE_SUFFIXES: Final = (".c", ".h")
 _PROGRAM_SUFFIX: Final = ".bpf.c"

@@ -9,7 +9,7 @@ from ctypes import Structure, c_char, c_int64, c_uint8, c_uint32, c_uint64
 from dataclasses import dataclass
 from typing import Final, Self
 
-LAYOUT: Final = 2
+LAYOUT: Final = 3
 SHIFT_BITS: Final = 6
 RATIO_SHIFT: Final = 24
 # What only the programs read: the clocks with their mean, and struct bpfrl_socket.

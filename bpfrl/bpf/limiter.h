@@ -14,7 +14,7 @@
 #ifndef BPFRL_LIMITER_H
 #define BPFRL_LIMITER_H
 
-#define BPFRL_LAYOUT 2
+#define BPFRL_LAYOUT 3
 
 #define BPFRL_UID_LEN 64	/* a pod UID has 36 characters, a static pod's 32 */
 #define BPFRL_NAMESPACE_LEN 64	/* DNS label: 63 and the terminating zero */

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from ctypes import sizeof
@@ -81,6 +82,8 @@ _SHAPE: Final = Shape(
 )
 # What a connection is to tell of: BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG (linux/bpf.h).
 _CALLBACKS: Final = 1 << 6
+# As long as a busy connection may take to send its next segment.
+_LIFTED_SECONDS: Final = 0.5
 _LINK: Final = "_link"
 _PINS: Final = frozenset(name for program, _, _ in _PROGRAMS for name in (program, program + _LINK)) | frozenset(
     name for name, _ in (*_STATE_MAPS, _IDENTITY)
@@ -283,7 +286,10 @@ def remove(folder: Path) -> None:
     Raises:
         BrokenLimiterError: as :func:`discard`.
     """
-    discard(folder.rename(folder.with_name(folder.name + RETIRED)))
+    retired = folder.rename(folder.with_name(folder.name + RETIRED))
+    if not sockets.reachable():
+        _lift(retired)
+    discard(retired)
 
 
 def discard(folder: Path) -> None:
@@ -357,7 +363,14 @@ def _stop_pacing(folder: Path) -> None:
         with libbpf.open_pinned(folder / sockets.STORAGE) as storage:
             sockets.release(storage, path)
     except BpfrlError as error:
-        log.warning("connections keep the pacing rate they had: %s", error)
+        log.warning("connections that do not send keep the pacing rate they had: %s", error)
+
+
+def _lift(folder: Path) -> None:
+    """Have no limits for a moment in which sockops gives connections back what was theirs, as they send."""
+    with suppress(KernelError), libbpf.open_pinned(folder / "limits") as limits:
+        libbpf.write(limits, 0, LimitsData())
+        time.sleep(_LIFTED_SECONDS)
 
 
 def _resume_pacing(folder: Path, path: Path, target: int) -> None:
@@ -388,7 +401,7 @@ def _adopt(loaded: LoadedObject, path: Path) -> None:
     """
     try:
         if sockets.adopt(loaded.map(sockets.STORAGE), path, _CALLBACKS).refused:
-            raise KernelError("the kernel lacks the option (6.13 has it)")
+            raise KernelError("the kernel lacks the option (6.12 has it)")
         limits = loaded.map(_LIMITS)
         data = libbpf.read(limits, 0, LimitsData)
         data.adopted = 1

@@ -8,6 +8,7 @@ visits the sockets of one network namespace, so it is run once for each namespac
 from __future__ import annotations
 
 import logging
+import platform
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import cache
@@ -18,7 +19,7 @@ from bpfrl import cgroup, libc
 from bpfrl.bpf import generator, libbpf
 from bpfrl.bpf.layout import SOCKET_BYTES, VisitData
 from bpfrl.bpf.libbpf import Descriptor, LoadedObject, MapShape, MapType
-from bpfrl.errors import CompilerError, KernelError
+from bpfrl.errors import BpfrlError, CompilerError, KernelError, VerifierError
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,15 @@ class Counted(NamedTuple):
 
     known: int
     paced: int
+
+
+def reachable() -> bool:
+    """True where the sockets that are there already can be visited: the kernel can, and the program is to be had."""
+    try:
+        with LoadedObject(generator.compile_object(_SOURCE)):
+            return True
+    except BpfrlError:
+        return False
 
 
 @cache  # and warn of it once
@@ -107,7 +117,11 @@ def _visit(name: str, storage: Descriptor, path: Path, data: VisitData) -> Visit
         namespaces = [stack.enter_context(Descriptor(number)) for number in cgroup.open_network_namespaces(path)]
         if not namespaces:
             return data
-        loaded = stack.enter_context(LoadedObject(generator.compile_object(_SOURCE), reuse={STORAGE: storage}))
+        image = generator.compile_object(_SOURCE)
+        try:
+            loaded = stack.enter_context(LoadedObject(image, reuse={STORAGE: storage}))
+        except VerifierError as error:
+            raise KernelError(f"this kernel ({platform.release()}) has no iterator for it (Linux 6.1 has)") from error
         program, visit = loaded.program(name), loaded.map(_VISIT)
         libbpf.write(visit, 0, data)
         for namespace in namespaces:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from bpfrl import cgroup, libc
-from bpfrl.bpf import cooperation, generator, law, libbpf, limiter, sockets
+from bpfrl.bpf import cooperation, generator, law, libbpf, limiter, probe, sockets
 from bpfrl.bpf.layout import LimitsData
 from bpfrl.bpf.libbpf import Cost
 from bpfrl.bpf.limiter import Broken, Limiter, Stage, Status
@@ -86,7 +86,9 @@ class Agent:
                     " bpfrl list -o wide shows it; detach it first"
                 )
             if current is None or current.cgroup_id != cgroup.id_of(path):
-                limiter.install(generator.relabel(image, contents, pod, cgroup.id_of(path)), path, folder, report)
+                filled = generator.relabel(image, contents, pod, cgroup.id_of(path))
+                with _explained():
+                    limiter.install(filled, path, folder, report)
                 return Change.ATTACHED
             if not _runs(current, pod, contents.build):
                 current.upgrade(generator.relabel(image, contents, pod if pod.name else current.pod, current.cgroup_id))
@@ -212,7 +214,7 @@ class Agent:
             KernelError: the kernel refused; nothing is left of it.
         """
         self.mount()
-        with self._lock(fcntl.LOCK_EX), _present(path):
+        with self._lock(fcntl.LOCK_EX), _present(path), _explained():
             return cooperation.attach(path, self.bpffs)
 
     def stop_cooperating(self, cgroup_id: int) -> bool:
@@ -339,6 +341,15 @@ class Agent:
             raise _refused(f"change or read {self.bpffs}", error) from error
         finally:
             os.close(number)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Have a kernel that is too old say so."""
+    try:
+        yield
+    except KernelError as error:
+        raise probe.explain(error) from error
 
 
 def _locked(number: int, kind: int) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -28,7 +27,6 @@ Check = Callable[[], Finding]
 
 _BTF: Final = Path("/sys/kernel/btf/vmlinux")
 _STATUS: Final = Path("/proc/self/status")
-_OLDEST_KERNEL: Final = (5, 12)
 # linux/capability.h
 # linux/capability.h. CAP_SYS_ADMIN stands for CAP_BPF and CAP_PERFMON; it alone lets see others' programs.
 _CAPABILITIES: Final = {"CAP_DAC_READ_SEARCH": 2, "CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21}
@@ -80,9 +78,9 @@ def privileges() -> Finding:
 def kernel() -> Finding:
     """Its version; what it can do is probed."""
     release = platform.release()
-    numbers = re.match(r"(\d+)\.(\d+)", release)
-    if numbers and (int(numbers[1]), int(numbers[2])) < _OLDEST_KERNEL:
-        return Finding("kernel", Mark.MISSING, (f"Linux {release}",), "bpfrl needs Linux 5.12 or newer")
+    found, oldest = probe.version_of(release), probe.version_of(probe.OLDEST)
+    if found and oldest and found < oldest:
+        return Finding("kernel", Mark.MISSING, (f"Linux {release}",), f"bpfrl needs Linux {probe.OLDEST} or newer")
     return Finding("kernel", Mark.OK, (f"Linux {release}, {platform.machine()}",))
 
 
@@ -173,7 +171,9 @@ def kernel_feature(feature: Feature) -> Finding:
     except probe.UntriedError as error:
         return Finding(feature.name, Mark.WARNING, (f"not tried: {error}",), "run bpfrl doctor on the machine itself")
     except BpfrlError as error:
-        return Finding(feature.name, mark, (str(error),), f"Linux {feature.since} has it, for {feature.purpose}")
+        advice = f"Linux {feature.since} has it, for {feature.purpose}"
+        advice += f"; here, {feature.instead}" if feature.instead else ""
+        return Finding(feature.name, mark, (str(error),), advice)
     return Finding(feature.name, Mark.OK, (f"works, for {feature.purpose}",))
 
 

@@ -69,6 +69,13 @@ def test_what_a_kernel_does_not_know_is_not_found(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(probe, "_CB_FLAGS", 999_999)
     with pytest.raises(KernelError, match="an iterator cannot set the option: Invalid argument"):
         probe._callback_flags()
+    monkeypatch.setattr(probe, "_WINDOW_CLAMP", 999_999)
+    with pytest.raises(KernelError, match="a program on a cgroup cannot set the option: Invalid argument"):
+        probe._window_clamp()
+    monkeypatch.setattr(probe, "_LISTEN", "raise SystemExit(1)")
+    with pytest.raises(probe.UntriedError, match="no process can be put into a cgroup"):
+        probe._window_clamp()
+    assert not list(cgroup.mount_point().glob(f"bpfrl-probe-{os.getpid()}"))
     monkeypatch.setattr(probe, "_RESERVE_OPTION", 999_999)
     with pytest.raises(VerifierError, match=r"the kernel refuses the BPF programs: .*invalid func"):
         probe._header_options()

@@ -9,8 +9,11 @@ import pytest
 
 from bench.lab import PEER_ADDRESS, POD_ADDRESS, Lab
 from bench.traffic import jain
-from bpfrl.bpf import generator
+from bpfrl.bpf import generator, sockets
 from bpfrl.bpf.layout import IdentityData
+from bpfrl.errors import KernelError
+from bpfrl.limits import Change
+from bpfrl.node.agent import Agent
 from tests.kernel.conftest import (
     MEASURES,
     UNPACED,
@@ -177,6 +180,28 @@ def test_an_applications_own_pacing_wins_where_it_is_lower(bed: Lab, when: str) 
     detach(bed)
     assert sender.each("pacing") == [own]
     assert others.each("pacing") == [UNPACED] * 2
+
+
+def test_where_sockets_cannot_be_visited_those_that_send_are_let_go_and_idle_ones_are_not(
+    bed: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on kernels before 6.1: what has to be given back, sockops gives back while it is still there."""
+
+    def refuse(*_: object) -> None:
+        raise KernelError("no iterator")
+
+    limit(bed, "--egress", "10mbit")
+    pod, peer = pod_end(bed), peer_end(bed)
+    busy, _ = flowing(pod, peer, PEER_ADDRESS, 4)
+    peer.listen(7001)
+    idle, _ = connect(pod, peer, PEER_ADDRESS, port=7001)
+    until(lambda: max(busy.each("pacing")) < 2 * 10 * MBIT / 8)
+    monkeypatch.setattr(sockets, "release", refuse)
+    monkeypatch.setattr(sockets, "reachable", lambda: False)
+    assert Agent(bed.bpffs).detach(bed.pod_uid) is Change.DETACHED
+    assert (attached(bed), entries(bed)) == ([], [])
+    assert busy.each("pacing") == [UNPACED] * 4
+    assert idle.each("pacing") != [UNPACED]
 
 
 def test_an_applications_own_pacing_that_is_higher_is_back_after_detach(bed: Lab) -> None:

@@ -61,7 +61,7 @@ def mirror(name: str, file: str) -> type[Structure]:
     return type(name, (Structure,), {"_fields_": [(field, _TYPES[kind]) for kind, field in fields]})
 
 
-Clock: Any = mirror("clock", "clock.h")
+_Clock: Any = mirror("clock", "clock.h")
 Socket: Any = mirror("bpfrl_socket", "sockets.h")
 Played: Any = type(
     "Played",
@@ -74,6 +74,19 @@ Played: Any = type(
     },
 )
 OPERATIONS = operations()
+
+
+class Clock(_Clock):  # type: ignore[misc]
+    """struct clock."""
+
+    @property
+    def tat(self) -> int:
+        """Up to when the limit is used up, ns."""
+        return int(self.origin + self.charged) % 2**64
+
+    @tat.setter
+    def tat(self, value: int) -> None:
+        self.origin = (value - self.charged) % 2**64
 
 
 def build(program: str, entry: str, folder: Path) -> ctypes.CDLL:

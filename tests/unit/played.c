@@ -209,9 +209,9 @@ __u64 fair_rate_of(const struct bpfrl_limit *limit, __s64 backlog)
 	return fair_rate(limit, backlog);
 }
 
-__s64 rescale_of(struct clock *clock, const struct bpfrl_limit *limit, __s64 backlog)
+__s64 rescale_of(struct clock *clock, const struct bpfrl_limit *limit, __u64 now)
 {
-	return rescale(clock, limit, backlog);
+	return rescale(clock, limit, now);
 }
 
 void charge_of(struct clock *clock, const struct bpfrl_limit *limit, __u64 bytes)

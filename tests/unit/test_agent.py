@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import platform
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -14,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from bpfrl import cgroup, libc
-from bpfrl.bpf import cooperation, generator, law, libbpf, limiter
+from bpfrl.bpf import cooperation, generator, law, libbpf, limiter, probe
 from bpfrl.bpf.layout import Counters, IdentityData, LimitsData
 from bpfrl.bpf.limiter import Broken, Status
+from bpfrl.bpf.probe import Feature
 from bpfrl.errors import (
     AlreadyLimitedError,
     BrokenLimiterError,
@@ -26,6 +28,7 @@ from bpfrl.errors import (
     KernelError,
     NotLimitedError,
     PermissionDeniedError,
+    VerifierError,
 )
 from bpfrl.limits import Change, Limits, PodRef
 from bpfrl.mounts import Mount
@@ -119,6 +122,24 @@ def plays(monkeypatch: pytest.MonkeyPatch) -> Plays:
 
 
 # Attach: what is installed, and what is changed in place.
+
+
+def test_a_kernel_that_is_too_old_for_a_limiter_is_named_with_the_version_that_is_not(
+    here: Agent, tmp_path: Path, plays: Plays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise VerifierError("the kernel refuses the BPF programs: unknown func")
+
+    plays(None)
+    monkeypatch.setattr(limiter, "install", refuse)
+    old = Feature("header options", "5.10", "pacing", "", refuse)
+    monkeypatch.setattr(probe, "FEATURES", (old,))
+    monkeypatch.setattr(platform, "release", lambda: "5.4.0")
+    with pytest.raises(VerifierError) as refused:
+        here.attach(generator.generate(None, SLOW), POD, tmp_path)
+    assert str(refused.value) == (
+        "this kernel (5.4.0) has no header options, for pacing: bpfrl needs Linux 5.10 or newer"
+    )
 
 
 def test_a_pod_without_a_limiter_gets_one_that_carries_its_name(here: Agent, tmp_path: Path, plays: Plays) -> None:

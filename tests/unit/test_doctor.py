@@ -72,7 +72,7 @@ def test_capabilities_count_and_not_the_user(
 
 @pytest.mark.parametrize(
     ("release", "mark"),
-    [("5.11.22", MISSING), ("4.19", MISSING), ("5.12.0-rc1", OK), ("6.1.0-18-amd64", OK), ("odd", OK)],
+    [("5.9.16", MISSING), ("4.19", MISSING), ("5.10.0-rc1", OK), ("6.1.0-18-amd64", OK), ("odd", OK)],
 )
 def test_a_kernel_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch, release: str, mark: Mark) -> None:
     monkeypatch.setattr(platform, "release", lambda: release)
@@ -163,8 +163,10 @@ def test_without_clang_the_cache_will_do(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("needed", [True, False])
 def test_what_the_kernel_cannot_do_says_since_when_others_can(monkeypatch: pytest.MonkeyPatch, *, needed: bool) -> None:
     monkeypatch.setattr(libbpf, "version", lambda: "v1")
-    feature = Feature("links", "5.7", "attaching", needed, raising(VerifierError("unknown func")))
-    expected = Finding("links", MISSING if needed else WARNING, ("unknown func",), "Linux 5.7 has it, for attaching")
+    instead = "" if needed else "nothing stays"
+    feature = Feature("links", "5.7", "attaching", instead, raising(VerifierError("unknown func")))
+    advice = "Linux 5.7 has it, for attaching" + ("" if needed else "; here, nothing stays")
+    expected = Finding("links", MISSING if needed else WARNING, ("unknown func",), advice)
     assert doctor.kernel_feature(feature) == expected
     denied = doctor.kernel_feature(feature._replace(probe=raising(PermissionDeniedError("no"))))
     assert (denied.found, denied.advice) == (("not tried: no",), "run bpfrl as root")
@@ -172,6 +174,59 @@ def test_what_the_kernel_cannot_do_says_since_when_others_can(monkeypatch: pytes
     monkeypatch.setattr(libbpf, "version", raising(KernelError("python3-bpfcc is missing: apt-get install it")))
     untried = doctor.kernel_feature(feature)
     assert (untried.mark, untried.found) == (MISSING if needed else WARNING, ("not tried: libbpf is missing",))
+
+
+NEEDED = [feature.name for feature in probe.FEATURES if feature.needed]
+
+
+def lacking(monkeypatch: pytest.MonkeyPatch, lacks: str, error: Exception | None = None) -> None:
+    """Play a kernel that has all features but one."""
+    refuse = raising(error or VerifierError("unknown func bpf_reserve_hdr_opt#144"))
+    features = (each._replace(probe=refuse if each.name == lacks else lambda: None) for each in probe.FEATURES)
+    monkeypatch.setattr(probe, "FEATURES", tuple(features))
+    monkeypatch.setattr(platform, "release", lambda: "5.4.0-42-generic")
+    monkeypatch.setattr(libbpf, "version", lambda: "v1")
+
+
+@pytest.mark.parametrize("lacks", NEEDED)
+def test_a_kernel_that_is_refused_is_told_what_it_lacks_and_the_version_that_has_it(
+    monkeypatch: pytest.MonkeyPatch, lacks: str
+) -> None:
+    lacking(monkeypatch, lacks)
+    [feature] = [each for each in probe.FEATURES if each.name == lacks]
+    found = doctor.kernel_feature(feature)
+    assert (found.mark, f"Linux {feature.since} has it" in found.advice) == (MISSING, True)
+    assert doctor.kernel().advice == "bpfrl needs Linux 5.10 or newer"
+    explained = probe.explain(VerifierError("the kernel refuses the BPF programs: 7: (85) call"))
+    assert type(explained) is VerifierError
+    assert str(explained) == (
+        f"this kernel (5.4.0-42-generic) has no {lacks}, for {feature.purpose}: bpfrl needs Linux 5.10 or newer"
+    )
+
+
+def test_what_a_kernel_does_without_explains_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = VerifierError("the kernel refuses the BPF programs: R1 invalid mem access")
+    optional = [each.name for each in probe.FEATURES if not each.needed]
+    assert optional
+    for name in optional:
+        lacking(monkeypatch, name)
+        assert probe.explain(refused) is refused
+        monkeypatch.undo()
+
+
+def test_a_kernel_that_is_new_enough_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without CAP_NET_ADMIN, say, what needs it cannot be tried either."""
+    lacking(monkeypatch, "cgroup links", KernelError("cannot attach: another program has this cgroup to itself"))
+    monkeypatch.setattr(platform, "release", lambda: "6.1.0-50-cloud-amd64")
+    refused = KernelError("cannot attach")
+    assert probe.explain(refused) is refused
+
+
+@pytest.mark.parametrize("error", [PermissionDeniedError("no"), probe.UntriedError("read-only here")])
+def test_what_cannot_be_tried_explains_no_refusal(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    lacking(monkeypatch, "cgroup links", error)
+    refused = KernelError("cannot attach")
+    assert probe.explain(refused) is refused
 
 
 class Loads:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from elftools.elf.constants import SH_FLAGS
 from elftools.elf.elffile import ELFFile
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -100,6 +102,19 @@ def test_the_build_is_the_programs_and_not_the_pods(image: bytes) -> None:
     build = generator.inspect(image).build
     assert build == generator.inspect(generator.generate(None, Limits(Rate(1_000)))).build
     assert len(set(build)) > 1
+
+
+@pytest.mark.parametrize("source", ["limiter.bpf.c", "sockets.bpf.c", "cooperate.bpf.c"])
+def test_the_only_atomic_instruction_is_the_addition_that_the_oldest_kernel_has(source: str) -> None:
+    """Compare-and-swap, exchanges, and additions that return something came with Linux 5.12 (linux/bpf.h)."""
+    elf = ELFFile(BytesIO(generator.compile_object(source)))
+    programs = [section.data() for section in elf.iter_sections() if section["sh_flags"] & SH_FLAGS.SHF_EXECINSTR]
+    assert programs
+    for code, operation in (
+        (code, each) for data in programs for code, _, _, each in struct.iter_unpack("<BBhi", data)
+    ):
+        if code & 0xE7 == 0xC3:  # BPF_STX | BPF_ATOMIC, of any size
+            assert operation == 0, "not BPF_ADD"
 
 
 def test_a_relabelled_object_is_the_one_that_would_have_been_made_for_the_pod(image: bytes) -> None:

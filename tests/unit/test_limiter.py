@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 
 from bpfrl import cgroup
 from bpfrl.bpf import generator, law, libbpf, limiter, sockets
+from bpfrl.bpf.layout import LimitsData
 from bpfrl.bpf.libbpf import AttachType, Descriptor, MapShape, MapType, ProgramType, Shape
 from bpfrl.bpf.limiter import Limiter
 from bpfrl.bpf.sockets import Visited
@@ -264,6 +266,27 @@ def test_a_limiter_that_is_removed_gives_its_sockets_back_while_the_limit_still_
     assert kernel.attached_to(cgroup.id_of(pod)) == []
     assert os.listdir(folder.parent) == []
     assert kernel.left_open() == []
+
+
+def test_where_connections_cannot_be_visited_they_let_go_by_themselves_while_sockops_is_there(
+    kernel: Kernel, pod: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visiting(monkeypatch, kernel, Visited(0, 0))
+    install(pod, folder)
+    [limits] = [int(word) for word in (folder / "limits").read_text().split()[1:]]
+    monkeypatch.setattr(sockets, "reachable", lambda: False)
+    visiting(monkeypatch, kernel, KernelError("no iterator"), "release")
+    waited: list[tuple[int, bytes, list[str]]] = []
+
+    def wait(_: float) -> None:
+        waited.append((len(kernel.attached_to(cgroup.id_of(pod))), kernel.values[limits], os.listdir(folder.parent)))
+
+    monkeypatch.setattr(time, "sleep", wait)
+    limiter.remove(folder)
+    # Cut off here, it is no limiter any more: what is left is removed by whoever comes next.
+    assert waited == [(3, bytes(LimitsData()), [folder.name + limiter.RETIRED])]
+    assert kernel.attached_to(cgroup.id_of(pod)) == []
+    assert os.listdir(folder.parent) == []
 
 
 @pytest.mark.parametrize("pin", sorted(limiter._PINS))

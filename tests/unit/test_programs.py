@@ -71,7 +71,7 @@ def test_a_changed_limit_moves_the_clock_as_the_law_has_it(
     limit = law.ingress(new, None)
     backlog = 1 + int(part * longest_backlog(law.ingress(old, None)))
     clock = Clock(tat=DAY + backlog, rate_bits=old.bits)
-    scaled = built[0].library.rescale_of(byref(clock), byref(limit), backlog)
+    scaled = built[0].library.rescale_of(byref(clock), byref(limit), DAY)
     assert scaled == test_law.rescale(old, limit, backlog) == clock.tat - DAY
     assert clock.rate_bits == new.bits
 
