@@ -9,8 +9,6 @@ import pytest
 
 from bench.lab import PEER_ADDRESS, POD_ADDRESS, Lab
 from bench.traffic import jain
-from bpfrl.bpf import generator
-from bpfrl.bpf.layout import IdentityData
 from tests.kernel.conftest import (
     UNPACED,
     Counted,
@@ -30,6 +28,7 @@ from tests.kernel.conftest import (
     storages,
     until,
 )
+from tests.objects import of_another_build as another_build
 
 MBIT = 10**6
 
@@ -214,9 +213,7 @@ def of_another_build(bed: Lab, folder: Path, *options: str) -> Path:
     """A limiter's object as another version would have made it."""
     file = folder / "other.o"
     bed.bpfrl("generate", *options, "-o", str(file))
-    image = bytearray(file.read_bytes())
-    image[generator.inspect(bytes(image)).identity_at + IdentityData.build.offset] ^= 0xFF
-    file.write_bytes(image)
+    file.write_bytes(another_build(file.read_bytes()))
     return file
 
 
