@@ -24,11 +24,11 @@ from bpfrl.bpf import libbpf
 from bpfrl.bpf.libbpf import Descriptor, LoadedObject, MapShape, Shape
 from bpfrl.errors import BpfrlError, InvalidObjectError, KernelError, PermissionDeniedError, VerifierError
 
+_COMMAND: Final = (sys.executable, "-P", "-m", "bpfrl.bpf.apart")
 # The kernel's verifier may take a second; libbpf takes some milliseconds.
 _LOAD_SECONDS: Final = 15.0
 _IDLE_SECONDS: Final = 5.0
 _MESSAGE_BYTES: Final = 1 << 16
-_REASON_CHARACTERS: Final = 1 << 12
 _MOST_DESCRIPTORS: Final = 32
 # What a thousand times as much as an object needs is more than.
 _ADDRESS_SPACE_BYTES: Final = 2**31
@@ -53,19 +53,17 @@ class LoadedApart:
             file.flush()
             order = json.dumps({"reuse": [*reuse], "programs": shape.programs, "maps": shape.maps}).encode()
             answer, numbers = _LOADER.ask(order, [file.fileno(), *(each.number for each in reuse.values())])
-        with ExitStack() as undo:
-            self._found = dict(zip([*shape.programs, *shape.maps], map(Descriptor, numbers), strict=False))
-            undo.callback(self.__exit__)
-            _check(answer, self._found, shape)
-            undo.pop_all()
+        with ExitStack() as stack:
+            descriptors = [stack.enter_context(Descriptor(number)) for number in numbers]
+            self._found = dict(zip([*shape.programs, *shape.maps], descriptors, strict=False))
+            _check(answer, descriptors, self._found, shape)
+            self._open = stack.pop_all()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for descriptor in self._found.values():
-            os.close(descriptor.number)
-        self._found.clear()
+        self._open.close()
 
     def program(self, name: str) -> Descriptor:
         """A program, by its function's name; the descriptor belongs to the object."""
@@ -76,11 +74,16 @@ class LoadedApart:
         return self._found[name]
 
 
-def _check(answer: Mapping[str, str], found: Mapping[str, Descriptor], shape: Shape) -> None:
+def _check(answer: bytes, descriptors: list[Descriptor], found: Mapping[str, Descriptor], shape: Shape) -> None:
     """What came must be everything: the other process has read what may have changed it, and its word is not enough."""
-    if "error" in answer:
-        raise _ERRORS[answer["error"]](answer["reason"])
-    whole = len(found) == len(shape.programs) + len(shape.maps)
+    try:
+        kind, reason = json.loads(answer)
+        error = _ERRORS[kind](reason) if kind else None
+    except (ValueError, TypeError, LookupError):
+        error = InvalidObjectError(f"reading the object ended in nonsense: {_DAMAGED}")
+    if error:
+        raise error
+    whole = len(descriptors) == len(shape.programs) + len(shape.maps)
     if not whole or not all(libbpf.has_shape(found[name], wanted) for name, wanted in shape.maps.items()):
         raise InvalidObjectError(f"not the programs and maps of a limiter: {_DAMAGED}")
 
@@ -94,7 +97,7 @@ class _Loader:
         self._own: socket.socket | None = None
         self._idle: threading.Timer | None = None
 
-    def ask(self, order: bytes, descriptors: list[int]) -> tuple[dict[str, str], list[int]]:
+    def ask(self, order: bytes, descriptors: list[int]) -> tuple[bytes, list[int]]:
         """What the process says, and the descriptors that it hands over.
 
         Raises:
@@ -125,17 +128,16 @@ class _Loader:
             self._idle = threading.Timer(_IDLE_SECONDS, self._rest)
             self._idle.daemon = True
             self._idle.start()
-        return json.loads(text), numbers
+        return text, numbers
 
     def _start(self) -> tuple[socket.socket, subprocess.Popen[bytes]]:
         own, others = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         own.settimeout(_LOAD_SECONDS)
         with others:
-            command = [sys.executable, "-P", "-m", __name__, str(others.fileno())]
             try:
                 # What the C library says of a broken heap is nobody's concern.
                 process = subprocess.Popen(
-                    command,
+                    [*_COMMAND, str(others.fileno())],
                     pass_fds=(others.fileno(),),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
@@ -201,10 +203,9 @@ def _answer(asked: socket.socket, order: dict[str, Any], numbers: list[int]) -> 
             image = file.read()
         with LoadedObject(image, reuse, shape) as loaded:
             found = [*map(loaded.program, shape.programs), *map(loaded.map, shape.maps)]
-            socket.send_fds(asked, [b"{}"], [each.number for each in found])
+            socket.send_fds(asked, [b'["", ""]'], [each.number for each in found])
     except BpfrlError as error:
-        reason = str(error)[:_REASON_CHARACTERS]
-        asked.send(json.dumps({"error": type(error).__name__, "reason": reason}).encode())
+        asked.send(json.dumps([type(error).__name__, str(error)]).encode())
 
 
 def _used() -> int:

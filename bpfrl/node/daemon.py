@@ -17,7 +17,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from bpfrl import mounts
-from bpfrl.bpf import sockets
+from bpfrl.bpf import generator, sockets
 from bpfrl.cgroup import CgroupTree
 from bpfrl.errors import BpfrlError, KernelError
 from bpfrl.node.agent import Agent
@@ -67,6 +67,7 @@ async def serve(
     certificates: tls.Certificates | None,
     *,
     cooperate: bool,
+    known_only: bool = False,
     monitoring: Monitoring | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT.
@@ -77,15 +78,17 @@ async def serve(
         address: where to listen, as HOST:PORT.
         certificates: what to show and to ask for; None: no TLS.
         cooperate: have this node's senders keep to what limited receivers ask for, and its limited pods ask.
+        known_only: take no programs but those that this version compiles or ships.
         monitoring: what is told over HTTP; None: nothing.
 
     Raises:
+        CompilerError: these are wanted, and are neither here nor can be made.
         KernelError: an address, or a BPF file system, cannot be had.
         PermissionDeniedError: this needs root.
     """
     async with AsyncExitStack() as stack:
         observer = await _monitor(monitoring, agent, certificates, stack) if monitoring else UNOBSERVED
-        await _serve(agent, tree, address, certificates, observer, cooperate=cooperate)
+        await _serve(agent, tree, address, certificates, observer, cooperate=cooperate, known_only=known_only)
 
 
 async def _monitor(
@@ -109,9 +112,11 @@ async def _serve(
     observer: Observer,
     *,
     cooperate: bool,
+    known_only: bool,
 ) -> None:
     server = grpc.aio.server(options=_OPTIONS)
-    service = NodeService(agent, tree, roles=certificates is not None, cooperate=cooperate, observer=observer)
+    roles = certificates is not None
+    service = NodeService(agent, tree, roles=roles, cooperate=cooperate, known_only=known_only, observer=observer)
     add_NodeServicer_to_server(service, server)
     healthy = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
@@ -129,6 +134,9 @@ async def _serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
+    if known_only:
+        build = await asyncio.to_thread(generator.build)
+        log.info("taking no programs but those of build %s", build.hex())
     await asyncio.to_thread(_warm_up, agent)
     await server.start()
     for name in ("", SERVICE):
