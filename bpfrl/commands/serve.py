@@ -216,7 +216,8 @@ def serve_master(
 
     The cluster is the one of --kubeconfig, of KUBECONFIG, of the pod around this process, or of ~/.kube/config, in
     this order. With --manifests no API server is needed: pods come from the folder's files, and are on this machine
-    unless status.hostIP names another. Limits stay in force while no master runs.
+    unless status.hostIP names another; a file has at most 1 MiB, and no YAML aliases. Limits stay in force while no
+    master runs.
 
     \b
     EXAMPLES

@@ -16,7 +16,7 @@ import logging
 import random
 import urllib.parse
 from collections.abc import AsyncIterator
-from typing import Final, Protocol, TypeVar
+from typing import Final, NamedTuple, Protocol, TypeVar
 
 import aiohttp
 import msgspec
@@ -25,7 +25,7 @@ from bpfrl.errors import ApiError, InvalidValueError
 from bpfrl.master.api import Api
 from bpfrl.master.backoff import Backoff
 from bpfrl.master.observer import UNOBSERVED, Observer
-from bpfrl.master.pods import Pod, RawPod, read
+from bpfrl.master.pods import Metadata, Pod, RawPod, read
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ _LONGEST_REQUESTED_SECONDS: Final = 120.0
 # A watch that ends sooner than this, with nothing said, is no way to go on without a pause.
 _SHORT_SECONDS: Final = 1.0
 _GONE: Final = 410
+_UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 class Sink(Protocol):
@@ -69,9 +70,15 @@ class _ListMetadata(msgspec.Struct, rename={"resource_version": "resourceVersion
     more: str = ""
 
 
+# What has no items is no empty list, but some other answer: nobody's limit may go because of it.
 class _PodList(msgspec.Struct):
     metadata: _ListMetadata
-    items: list[RawPod] = []
+    items: list[RawPod] | None
+
+
+class _AnyList(msgspec.Struct):
+    metadata: _ListMetadata
+    items: list[msgspec.Raw] | None
 
 
 class _Event(msgspec.Struct):
@@ -84,14 +91,29 @@ class _Failure(msgspec.Struct):
     message: str = ""
 
 
+class Listing(NamedTuple):
+    """All scheduled pods at once.
+
+    Attributes:
+        pods: those that can be read.
+        version: of this state.
+        complete: there are no others.
+    """
+
+    pods: list[Pod]
+    version: str
+    complete: bool
+
+
 _lists: Final = msgspec.json.Decoder(_PodList)
+_any_lists: Final = msgspec.json.Decoder(_AnyList)
 _events: Final = msgspec.json.Decoder(_Event)
 _pods: Final = msgspec.json.Decoder(RawPod)
 _failures: Final = msgspec.json.Decoder(_Failure)
 
 
-async def list_pods(api: Api, namespace: str = "", labels: str = "") -> tuple[list[Pod], str]:
-    """All scheduled pods, in pages, and the version of that state.
+async def list_pods(api: Api, namespace: str = "", labels: str = "") -> Listing:
+    """All scheduled pods, in pages.
 
     Args:
         api: the API server.
@@ -104,14 +126,16 @@ async def list_pods(api: Api, namespace: str = "", labels: str = "") -> tuple[li
     path = f"/api/v1/namespaces/{urllib.parse.quote(namespace, safe='')}/pods" if namespace else _PODS
     query = {"fieldSelector": _SCHEDULED, "limit": str(_PAGE)} | ({"labelSelector": labels} if labels else {})
     pods: list[Pod] = []
+    complete = True
     while True:
         timeout = aiohttp.ClientTimeout(total=_LIST_SECONDS, sock_connect=_CONNECT_SECONDS)
         async with api.request("GET", path, query, timeout=timeout) as response:
-            page = _decode(_lists, await response.read())
-        pods.extend(pod for raw in page.items if (pod := _read(raw)))
-        if not page.metadata.more:
-            return pods, page.metadata.resource_version
-        query["continue"] = page.metadata.more
+            metadata, items, whole = _page(await response.read())
+        pods.extend(pod for raw in items if (pod := _read(raw)))
+        complete = complete and whole
+        if not metadata.more:
+            return Listing(pods, metadata.resource_version, complete)
+        query["continue"] = metadata.more
 
 
 class PodWatch:
@@ -135,8 +159,9 @@ class PodWatch:
         """One list or one watch; returns how long to wait before the next, s."""
         try:
             if not self._version:
-                pods, self._version = await list_pods(self._api)
-                self._sink.replace(pods)
+                found = await list_pods(self._api)
+                self._version = found.version
+                self._sink.replace(found.pods, complete=found.complete)
                 self._observer.listed()
                 log.info("watching pods from version %s", self._version)
             started = asyncio.get_running_loop().time()
@@ -180,7 +205,15 @@ class PodWatch:
         if event.type == "ERROR":
             failure = _decode(_failures, event.object)
             raise ApiError(f"the API server ends the watch: {failure.message or failure.code}", failure.code)
-        raw = _decode(_pods, event.object)
+        try:
+            raw = _pods.decode(event.object)
+        except _UNREADABLE as error:
+            raw = _rest_of(event.object, error)
+            if not raw.metadata.uid:
+                raise _unreadable(error) from error  # nobody's event: it is asked for again
+            if event.type != "DELETED":  # it stays as it was
+                self._version = raw.metadata.resource_version or self._version
+                return
         if event.type in ("ADDED", "MODIFIED"):
             if pod := _read(raw):
                 self._sink.put(pod)
@@ -190,11 +223,49 @@ class PodWatch:
         self._version = raw.metadata.resource_version or self._version
 
 
+def _page(text: bytes) -> tuple[_ListMetadata, list[RawPod], bool]:
+    """A page of pods, and whether all of them are such: the others are left out, and take none with them."""
+    try:
+        page = _lists.decode(text)
+    except _UNREADABLE:
+        anything = _decode(_any_lists, text)
+    else:
+        return page.metadata, page.items or [], True
+    found, items = [], anything.items or []
+    for each in items:
+        try:
+            found.append(_pods.decode(each))
+        except _UNREADABLE as error:
+            _rest_of(each, error)
+    return anything.metadata, found, len(found) == len(items)
+
+
+def _rest_of(text: msgspec.Raw, error: Exception) -> RawPod:
+    """What can be read of a pod's metadata where the pod cannot, and that is told."""
+    try:
+        document = msgspec.json.decode(text)
+    except _UNREADABLE:
+        document = None
+    metadata = document.get("metadata") if isinstance(document, dict) else None
+    fields = metadata if isinstance(metadata, dict) else {}
+    uid, namespace, name, version = (
+        value if isinstance(value := fields.get(key), str) else ""
+        for key in ("uid", "namespace", "name", "resourceVersion")
+    )
+    rest = Metadata(uid=uid, namespace=namespace, name=name, resource_version=version)
+    log.warning("pod %s/%s is left out: %s", rest.namespace, rest.name, error)
+    return RawPod(rest)
+
+
 def _decode(decoder: msgspec.json.Decoder[Decoded], text: bytes | msgspec.Raw) -> Decoded:
     try:
         return decoder.decode(text)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ApiError(f"the API server's answer cannot be read: {error}") from error
+    except _UNREADABLE as error:
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: Exception) -> ApiError:
+    return ApiError(f"the API server's answer cannot be read: {error}")
 
 
 def _read(raw: RawPod) -> Pod | None:

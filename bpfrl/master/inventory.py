@@ -215,7 +215,7 @@ class Cluster:
         try:
             # Who watches is not to wait for long; the first time, who knows how many there are.
             async with asyncio.timeout(None if self._pods is None else max(_PATIENCE_SECONDS, 4 * self._read_seconds)):
-                pods, _ = await list_pods(self._api, self._namespace, self._labels)
+                pods = (await list_pods(self._api, self._namespace, self._labels)).pods
         except (ApiError, TimeoutError) as error:
             if self._pods is None:
                 raise
