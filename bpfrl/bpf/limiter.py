@@ -326,8 +326,8 @@ def costs(folder: Path) -> dict[str, Cost]:
 
 
 def is_ours(folder: Path) -> bool:
-    """False for a folder that something else has put under a pod's name."""
-    return _OURS.issuperset(os.listdir(folder))
+    """False for a folder that something else has put under a pod's name: folders and links in it are none of ours."""
+    return all(entry.name in _OURS and entry.is_file(follow_symlinks=False) for entry in list(os.scandir(folder)))
 
 
 def leftovers(folder: Path) -> list[Path]:

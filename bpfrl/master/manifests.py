@@ -202,7 +202,8 @@ def _may_be_a_number(event: yaml.ScalarEvent) -> bool:
 def _reason(error: Exception) -> str:
     """What is wrong, and where; hardly anything of what stands there, which may be as long, and another's file."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
-        return f"{str(error.problem)[:_LONGEST_REASON]} in line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
+        line, column = error.problem_mark.line + 1, error.problem_mark.column + 1
+        return f"{str(error.problem)[:_LONGEST_REASON]} in line {line}, column {column}"
     return type(error).__name__ if isinstance(error, yaml.YAMLError) else "a value that is none of its kind"
 
 
