@@ -22,6 +22,7 @@ from bpfrl.cgroup import CgroupTree
 from bpfrl.errors import BpfrlError, KernelError
 from bpfrl.node.agent import Agent
 from bpfrl.node.observer import UNOBSERVED, Observer
+from bpfrl.node.readable import Readable
 from bpfrl.node.server import NodeService
 from bpfrl.rpc import node_pb2, tls
 from bpfrl.rpc.node_pb2_grpc import add_NodeServicer_to_server
@@ -114,7 +115,7 @@ async def _serve(
     cooperate: bool,
     known_only: bool,
 ) -> None:
-    server = grpc.aio.server(options=_OPTIONS)
+    server = grpc.aio.server(options=_OPTIONS, interceptors=(Readable(),))
     roles = certificates is not None
     service = NodeService(agent, tree, roles=roles, cooperate=cooperate, known_only=known_only, observer=observer)
     add_NodeServicer_to_server(service, server)

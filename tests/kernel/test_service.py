@@ -45,6 +45,7 @@ from bpfrl.errors import InvalidObjectError
 from bpfrl.limits import Change, Limits, PodRef
 from bpfrl.node import daemon, server
 from bpfrl.node.agent import Agent
+from bpfrl.node.readable import Readable
 from bpfrl.node.server import NodeService
 from bpfrl.rpc import authority, messages, node_pb2, tls
 from bpfrl.rpc.client import NodeClient
@@ -215,7 +216,7 @@ async def connected(port: int, bundle: grpc.ChannelCredentials) -> AsyncIterator
 @asynccontextmanager
 async def serving(bed: Lab, pki: Path) -> AsyncIterator[Wire]:
     """The service on loopback, as the daemon sets it up, and its master."""
-    listener = grpc.aio.server(options=daemon._OPTIONS)
+    listener = grpc.aio.server(options=daemon._OPTIONS, interceptors=(Readable(),))
     service = NodeService(Agent(bed.bpffs), CgroupTree(bed.cgroup_root), roles=True, cooperate=True)
     add_NodeServicer_to_server(service, listener)
     shown = tls.server_credentials(tls.Certificates(pki / "node", tls.NODE))
