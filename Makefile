@@ -1,11 +1,16 @@
 # Everything runs as root: BPF programs are loaded, namespaces and cgroups are made.
-.PHONY: demo test lint bench bench-cluster install proto generated requirements
+.PHONY: demo test fuzz lint bench bench-cluster install proto generated requirements
 
 demo: install
 	.venv/bin/python -m bench.demo
 
 test: install
 	.venv/bin/pytest
+
+# Made-up input for everything that reads some: rounds of it for so many SECONDS, each other than the one before.
+SECONDS ?= 600
+fuzz: install
+	.venv/bin/python -m tools.fuzz --seconds $(SECONDS)
 
 lint: install
 	.venv/bin/ruff format --check .
