@@ -1,5 +1,5 @@
 # Everything runs as root: BPF programs are loaded, namespaces and cgroups are made.
-.PHONY: demo test lint hostile faults soak kernels bench bench-cluster bench-scale install proto generated requirements
+.PHONY: demo test fuzz lint hostile faults soak kernels bench bench-cluster bench-scale install proto generated requirements
 
 demo: install
 	.venv/bin/python -m bench.demo
@@ -8,6 +8,11 @@ demo: install
 test: install
 	.venv/bin/pytest -m "not measures" --numprocesses=2 --dist=worksteal --junitxml=build/tests.xml; first=$$?; \
 	.venv/bin/pytest -m measures --junitxml=build/measures.xml && exit $$first
+
+# Made-up input for everything that reads some: rounds of it for so many SECONDS, each other than the one before.
+SECONDS ?= 600
+fuzz: install
+	.venv/bin/python -m tools.fuzz --seconds $(SECONDS)
 
 lint: install
 	.venv/bin/ruff format --check .

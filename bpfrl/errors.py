@@ -19,6 +19,10 @@ class InvalidObjectError(BpfrlError):
     """Bytes that are not a limiter of this version's layout."""
 
 
+class UnknownProgramError(BpfrlError):
+    """A limiter that is not this version's own, where nothing else is taken."""
+
+
 class CompilerError(BpfrlError):
     """clang is missing, or did not accept the programs."""
 

@@ -16,7 +16,7 @@ from typing import Final
 from bpfrl import cgroup
 from bpfrl.bpf import generator, libbpf, sockets
 from bpfrl.bpf.libbpf import AttachType, Cost, LoadedObject
-from bpfrl.errors import BpfrlError, KernelError
+from bpfrl.errors import BpfrlError, BrokenLimiterError, KernelError
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +81,7 @@ def detach(cgroup_id: int, bpffs: Path) -> bool:
 
     Raises:
         KernelError: the kernel refused.
+        BrokenLimiterError: its folder holds what bpfrl has not made; that, and the folder, stay.
     """
     found = [folder for folder, number in _folders(bpffs) if number == cgroup_id]
     for folder in found:
@@ -119,7 +120,7 @@ def sweep(bpffs: Path) -> list[int]:
             try:
                 _discard(folder)
                 swept.append(number)
-            except OSError as error:
+            except BrokenLimiterError as error:
                 log.warning("cannot sweep %s: %s", folder, error)
     return swept
 
@@ -147,6 +148,9 @@ def _runs(folder: Path, tag: bytes) -> bool:
 def _discard(folder: Path) -> None:
     with suppress(KernelError), libbpf.open_pinned(folder / _LINK) as link:
         libbpf.detach(link)
-    for name in _PINS.intersection(os.listdir(folder)):
-        (folder / name).unlink()
-    folder.rmdir()
+    try:
+        for name in _PINS.intersection(os.listdir(folder)):
+            (folder / name).unlink()
+        folder.rmdir()
+    except OSError as error:
+        raise BrokenLimiterError(f"{folder} holds what bpfrl has not made: look at it, and remove it") from error

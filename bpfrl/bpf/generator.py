@@ -3,7 +3,8 @@
 clang compiles ``limiter.bpf.c`` once; the result is the same for every pod and kept in a cache on disk under a
 name that covers our sources, the flags and the compiler. A pod's object is that template with the pod's limits and
 identity written into its data sections, at the places that the symbol table tells: no compiler runs per pod, and
-anything that reads BPF objects (bpftool, libbpf) can load the result.
+anything that reads BPF objects (bpftool, libbpf) can load the result. The identity names the template's SHA-256, so
+that a reader sees whether anything else has changed on the way.
 
 An installation may come with its programs compiled (:func:`ship`): where these are of its very sources, they go before
 any compiler and any cache, so that all of its nodes run one build and need no clang.
@@ -22,18 +23,13 @@ import tempfile
 from ctypes import Structure, sizeof
 from functools import cache
 from importlib import resources
-from io import BytesIO
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from elftools.common.exceptions import ELFError
-from elftools.elf.elffile import ELFFile
-from elftools.elf.sections import SymbolTableSection
-
 from bpfrl import files
-from bpfrl.bpf import law
+from bpfrl.bpf import elf, law
 from bpfrl.bpf.layout import LAYOUT, IdentityData, LimitsData
-from bpfrl.errors import BpfrlError, CompilerError, InvalidObjectError
+from bpfrl.errors import BpfrlError, CompilerError, InvalidObjectError, InvalidValueError
 from bpfrl.limits import Limits, PodRef
 
 log = logging.getLogger(__name__)
@@ -66,17 +62,23 @@ class Contents(NamedTuple):
     identity_at: int
 
 
+class _Places(NamedTuple):
+    """Where in an object its limits and its identity stand."""
+
+    limits: int
+    identity: int
+
+
 class _Template(NamedTuple):
     image: bytes
     build: bytes
-    limits_at: int
-    identity_at: int
+    places: _Places
 
 
 @cache
 def _template() -> _Template:
     image = compile_object("limiter.bpf.c")
-    return _Template(image, hashlib.sha256(image).digest(), *_places(image))
+    return _Template(image, hashlib.sha256(image).digest(), _parse(image))
 
 
 def build() -> bytes:
@@ -96,9 +98,28 @@ def generate(pod: PodRef | None, limits: Limits) -> bytes:
     """
     template = _template()
     image = bytearray(template.image)
-    _write(image, template.limits_at, law.encode(limits))
-    _write(image, template.identity_at, _identity(pod, template.build))
+    _write(image, template.places.limits, law.encode(limits))
+    _write(image, template.places.identity, _identity(pod, template.build))
     return bytes(image)
+
+
+def is_known(image: bytes) -> bool:
+    """True where an object is what this version compiles or ships: bit for bit, but for limits and an identity.
+
+    And the limits' numbers are those that this version's law gives for their rates: nothing in the object is anybody
+    else's choice.
+
+    Raises:
+        CompilerError: the template is not in the cache, and clang cannot make it.
+    """
+    template = _template()
+    if not _is_like(image, template.image, template.places):
+        return False
+    data = LimitsData.from_buffer_copy(image, template.places.limits)
+    try:
+        return bytes(law.encode(law.decode(data))) == bytes(data)
+    except InvalidValueError:
+        return False
 
 
 def relabel(image: bytes, contents: Contents, pod: PodRef, cgroup_id: int) -> bytes:
@@ -112,21 +133,25 @@ def inspect(image: bytes) -> Contents:
     """Read back what :func:`generate` wrote.
 
     Raises:
-        InvalidObjectError: the bytes are no limiter of this layout.
+        InvalidObjectError: the bytes are no limiter of this layout, or not those that were written.
     """
-    limits_at, identity_at = _places(image)
-    identity = IdentityData.from_buffer_copy(image, identity_at)
+    places, build = _measured(image)
+    identity = IdentityData.from_buffer_copy(image, places.identity)
     if identity.layout != LAYOUT:
         raise InvalidObjectError(
             f"the object has layout {identity.layout}, this bpfrl knows {LAYOUT}: generate it again with this version"
         )
-    data = LimitsData.from_buffer_copy(image, limits_at)
+    if bytes(identity.build) != build:
+        raise InvalidObjectError(
+            "the object is damaged, its programs do not have the SHA-256 that it names: generate it again"
+        )
+    data = LimitsData.from_buffer_copy(image, places.limits)
     try:
         pod = read_identity(identity)
         limits = law.decode(data)
     except (BpfrlError, UnicodeDecodeError) as error:
         raise InvalidObjectError(f"the object's limits or identity are damaged ({error}): generate it again") from error
-    return Contents(pod, limits, data, bytes(identity.build), identity_at)
+    return Contents(pod, limits, data, build, places.identity)
 
 
 def read_identity(identity: IdentityData) -> PodRef | None:
@@ -291,24 +316,27 @@ def _write(image: bytearray, place: int, data: Structure) -> None:
     image[place : place + sizeof(data)] = bytes(data)
 
 
-# The object that was parsed last, and what that gave.
-_last: tuple[bytes, tuple[int, int]] | None = None
+# The object that was measured last, and what that gave.
+_last: tuple[bytes, _Places, bytes] | None = None
 
 
-def _places(image: bytes) -> tuple[int, int]:
-    """The offsets in the file of the limits and the identity, checked against the structures that are to be there.
+def _measured(image: bytes) -> tuple[_Places, bytes]:
+    """Where the limits and the identity are, and the digest of the object before they were filled in.
 
-    Objects of one build differ only there, so the last one's offsets mostly do; comparing takes a microsecond and
-    parsing two milliseconds.
+    Objects of one build differ only there, so the last one's are mostly it.
     """
     global _last  # noqa: PLW0603
     last = _last  # the daemon's threads look at objects side by side
-    if last is None or not _is_like(image, *last):
-        _last = last = (image, _parse(image))
-    return last[1]
+    if last is None or not _is_like(image, *last[:2]):
+        places = _parse(image)
+        blank = bytearray(image)
+        _write(blank, places.limits, LimitsData())
+        _write(blank, places.identity, IdentityData(LAYOUT))
+        _last = last = (image, places, hashlib.sha256(blank).digest())
+    return last[1:]
 
 
-def _is_like(image: bytes, other: bytes, places: tuple[int, int]) -> bool:
+def _is_like(image: bytes, other: bytes, places: _Places) -> bool:
     """True where two objects are the same but for their limits and identities."""
     if len(image) != len(other):
         return False
@@ -320,28 +348,13 @@ def _is_like(image: bytes, other: bytes, places: tuple[int, int]) -> bool:
     return image[start:] == other[start:]
 
 
-def _parse(image: bytes) -> tuple[int, int]:
-    try:
-        elf = ELFFile(BytesIO(image))
-        table = elf.get_section_by_name(".symtab")
-        if isinstance(table, SymbolTableSection) and elf["e_machine"] == "EM_BPF":
-            limits_at, identity_at = (
-                _place(elf, table, symbol, expected, len(image))
-                for symbol, expected in (("limits", LimitsData), ("identity", IdentityData))
-            )
-            return limits_at, identity_at
-    except (ELFError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        log.debug("not an object", exc_info=error)
-    raise InvalidObjectError("this is not a bpfrl limiter, or one of another version: make it with bpfrl generate")
+def _parse(image: bytes) -> _Places:
+    """The places, checked against the structures that are to be there.
 
-
-def _place(elf: ELFFile, table: SymbolTableSection, symbol: str, expected: type[Structure], end: int) -> int:
-    """The offset of a symbol's data; LookupError if there is none of that size."""
-    entries = table.get_symbol_by_name(symbol) or ()
-    for entry in entries[:1]:
-        section = elf.get_section(entry["st_shndx"])
-        place = int(section["sh_offset"] + entry["st_value"])
-        fits = section["sh_type"] == "SHT_PROGBITS" and place + sizeof(expected) <= end
-        if fits and entry["st_size"] == sizeof(expected):
-            return place
-    raise LookupError(symbol)
+    Raises:
+        InvalidObjectError: the bytes are no object, or have none.
+    """
+    found = elf.places(image, {"limits": sizeof(LimitsData), "identity": sizeof(IdentityData)})
+    if len(found) < len(_Places._fields):
+        raise InvalidObjectError("this is not a bpfrl limiter, or one of another version: make it with bpfrl generate")
+    return _Places(**found)

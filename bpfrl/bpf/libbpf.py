@@ -45,7 +45,11 @@ Data = TypeVar("Data", bound=Structure)
 
 _LOG_BYTES: Final = 1 << 20
 _LOG_LINES: Final = 3
+_LOG_CHARACTERS: Final = 1000
 _NAMES: Final = 3
+# bpf/libbpf.h: LIBBPF_ERRNO__START
+_LIBBPF_ERRNO: Final = 4000
+_REASON_BYTES: Final = 100
 _OBJECT_NAME: Final = b"bpfrl"
 # libbpf puts the object's name before the names of some sections' maps.
 _SECTION_MAP: Final = re.compile(rf"{_OBJECT_NAME.decode()}(?=\.)")
@@ -216,6 +220,7 @@ _PROTOTYPES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "libbpf_set_print": (c_void_p, (c_void_p,)),
     "libbpf_num_possible_cpus": (c_int, ()),
     "libbpf_version_string": (c_char_p, ()),
+    "libbpf_strerror": (c_int, (c_int, c_char_p, c_size_t)),
     "libbpf_find_vmlinux_btf_id": (c_int, (c_char_p, c_int)),
     "bpf_prog_load": (c_int, (c_int, c_char_p, c_char_p, c_char_p, c_size_t, POINTER(_ProgramOptions))),
     "bpf_map_create": (c_int, (c_int, c_char_p, c_uint32, c_uint32, c_uint32, POINTER(_MapOptions))),
@@ -294,7 +299,7 @@ class LoadedObject:
         with ExitStack() as undo:
             self._object = lib.bpf_object__open_mem(image, len(image), byref(options))
             if not self._object:
-                raise InvalidObjectError(f"libbpf cannot open the object: {os.strerror(ctypes.get_errno())}")
+                raise InvalidObjectError(f"libbpf cannot open the object: {_reason(ctypes.get_errno())}")
             undo.callback(lib.bpf_object__close, self._object)
             if shape:
                 _compare(self._object, shape)
@@ -596,7 +601,16 @@ def _fail(action: str) -> NoReturn:
     number = ctypes.get_errno()
     if number in (errno.EPERM, errno.EACCES):
         raise PermissionDeniedError(f"cannot {action}: this needs root (CAP_BPF, CAP_NET_ADMIN and CAP_SYS_ADMIN)")
-    raise KernelError(f"cannot {action}: {os.strerror(number)}")
+    raise KernelError(f"cannot {action}: {_reason(number)}")
+
+
+def _reason(number: int) -> str:
+    """What an error's number means; libbpf has some of its own."""
+    if number < _LIBBPF_ERRNO:
+        return os.strerror(number)
+    text = ctypes.create_string_buffer(_REASON_BYTES)
+    _lib().libbpf_strerror(number, text, len(text))
+    return text.value.decode()
 
 
 def _refused(verdict: str) -> NoReturn:
@@ -612,7 +626,9 @@ def _compare(opened: int, shape: Shape) -> None:
     found, expected = Counter((*programs, *maps)), Counter((*shape.programs.items(), *shape.maps.items()))
     names = {name for name, _ in (found - expected) + (expected - found)} | pinned
     if names:
-        raise InvalidObjectError(f"not the programs and maps of a limiter: {', '.join(sorted(names)[:_NAMES])}")
+        raise InvalidObjectError(
+            f"not the programs and maps of a limiter: {_printable(', '.join(sorted(names)[:_NAMES]))}"
+        )
 
 
 def _contents(opened: int) -> tuple[list[tuple[str, tuple[int, int]]], list[tuple[str, MapShape]], set[str]]:
@@ -642,7 +658,12 @@ def _contents(opened: int) -> tuple[list[tuple[str, tuple[int, int]]], list[tupl
 def _last_lines(log: str) -> str:
     """The end of the verifier's log, where it says what it did not like."""
     lines = [line.strip() for line in log.splitlines() if line.strip() and not line.startswith("processed ")]
-    return "; ".join(lines[-_LOG_LINES:])
+    return _printable("; ".join(lines[-_LOG_LINES:]))
+
+
+def _printable(text: str) -> str:
+    """A text that may repeat what the object holds, fit for a line of a log or of a terminal."""
+    return "".join(each if each.isprintable() else "?" for each in text[:_LOG_CHARACTERS])
 
 
 @cache

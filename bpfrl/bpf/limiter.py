@@ -12,16 +12,16 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from ctypes import sizeof
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol, Self
 
 from bpfrl import cgroup
-from bpfrl.bpf import generator, law, libbpf, sockets
+from bpfrl.bpf import apart, generator, law, libbpf, sockets
 from bpfrl.bpf.layout import (
     EGRESS,
     INGRESS,
@@ -33,7 +33,7 @@ from bpfrl.bpf.layout import (
     LimitsData,
 )
 from bpfrl.bpf.libbpf import AttachType, Cost, Descriptor, LoadedObject, MapShape, MapType, ProgramType, Shape
-from bpfrl.errors import BpfrlError, BrokenLimiterError, KernelError
+from bpfrl.errors import BpfrlError, BrokenLimiterError, CompilerError, KernelError
 from bpfrl.limits import Limits, PodRef
 
 log = logging.getLogger(__name__)
@@ -209,7 +209,7 @@ class Limiter:
         """
         with ExitStack() as stack:
             kept = {symbol: stack.enter_context(self._open(name)) for name, symbol in _STATE_MAPS}
-            new = stack.enter_context(LoadedObject(image, reuse=kept, shape=_SHAPE))
+            new = stack.enter_context(_load(image, kept))
             programs = {name: new.program(function) for name, function, _ in _PROGRAMS}
             links = {name: stack.enter_context(self._open(name + _LINK)) for name in programs}
             for name, program in programs.items():
@@ -252,7 +252,7 @@ def install(image: bytes, path: Path, folder: Path, report: Callable[[Stage], No
         shared = sockets.shared(folder.parent)
         for descriptor in shared.values():
             stack.enter_context(descriptor)
-        loaded = stack.enter_context(LoadedObject(image, reuse=shared, shape=_SHAPE))
+        loaded = stack.enter_context(_load(image, shared))
         log.info("loaded the programs for %s", path)
         report(Stage.LOADED)
         with ExitStack() as undo:
@@ -339,13 +339,36 @@ def costs(folder: Path) -> dict[str, Cost]:
 
 
 def is_ours(folder: Path) -> bool:
-    """False for a folder that something else has put under a pod's name."""
-    return _OURS.issuperset(os.listdir(folder))
+    """False for a folder that something else has put under a pod's name: folders and links in it are none of ours."""
+    return all(entry.name in _OURS and entry.is_file(follow_symlinks=False) for entry in list(os.scandir(folder)))
 
 
 def leftovers(folder: Path) -> list[Path]:
     """What attaching or detaching this limiter has left behind when it was cut off."""
     return [path for mark in (STAGED, RETIRED) if libbpf.is_folder(path := folder.with_name(folder.name + mark))]
+
+
+class _Loaded(Protocol):
+    """An object in the kernel, whoever has loaded it."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def program(self, name: str) -> Descriptor: ...
+
+    def map(self, name: str) -> Descriptor: ...
+
+
+def _load(image: bytes, reuse: Mapping[str, Descriptor]) -> _Loaded:
+    """Have the kernel take a limiter's object: of our own making here, and of others' where it can do no harm."""
+    try:
+        known = generator.is_known(image)
+    except CompilerError:
+        known = False
+    if known:
+        return LoadedObject(image, reuse=reuse)
+    return apart.LoadedApart(image, reuse, _SHAPE)
 
 
 def _stop_pacing(folder: Path) -> None:
@@ -394,7 +417,7 @@ def _resume_pacing(folder: Path, path: Path, target: int) -> None:
         log.warning("%s only drops from now on: attach the pod again: %s", folder, error)
 
 
-def _adopt(loaded: LoadedObject, path: Path) -> None:
+def _adopt(loaded: _Loaded, path: Path) -> None:
     """Reach the connections that were there before; the limits then tell that this was done.
 
     The limiter is at work by now: what cannot be done here is no reason to say that it is not.

@@ -79,6 +79,11 @@ def _serve(daemon: Coroutine[Any, Any, None], log_format: str, context: click.Co
     show_default=True,
     help="Have pods that send keep to what limited receivers ask for, on this node and others.",
 )
+@click.option(
+    "--require-known-program",
+    is_flag=True,
+    help="Take no programs but those that this version compiles or ships, whatever certificate they come with.",
+)
 @daemon_options
 @_monitoring_options
 @click.option(
@@ -101,6 +106,7 @@ def serve_node(
     /,
     listen: str,
     cooperate: bool,
+    require_known_program: bool,
     certs: Path | None,
     insecure: bool,
     http: str | None,
@@ -116,6 +122,7 @@ def serve_node(
     \b
     EXAMPLES
       bpfrl serve-node --certs certs/node
+      bpfrl serve-node --certs certs/node --require-known-program
       bpfrl serve-node --insecure --listen 127.0.0.1:10002
     """
     from bpfrl.rpc import corelog  # noqa: PLC0415 - before grpc is imported
@@ -129,7 +136,15 @@ def serve_node(
     if insecure and not tls.is_loopback(listen.rpartition(":")[0].strip("[]")):
         raise click.UsageError("--insecure is for loopback only: use --listen 127.0.0.1:PORT, or --certs DIR")
     monitoring = daemon.Monitoring(http, pod_labels, max_pods_in_metrics) if http else None
-    serving = daemon.serve(node.agent(), node.tree(), listen, shown, cooperate=cooperate, monitoring=monitoring)
+    serving = daemon.serve(
+        node.agent(),
+        node.tree(),
+        listen,
+        shown,
+        cooperate=cooperate,
+        known_only=require_known_program,
+        monitoring=monitoring,
+    )
     _serve(serving, log_format, context)
 
 
@@ -201,7 +216,8 @@ def serve_master(
 
     The cluster is the one of --kubeconfig, of KUBECONFIG, of the pod around this process, or of ~/.kube/config, in
     this order. With --manifests no API server is needed: pods come from the folder's files, and are on this machine
-    unless status.hostIP names another. Limits stay in force while no master runs.
+    unless status.hostIP names another; a file has at most 1 MiB, and no YAML aliases. Limits stay in force while no
+    master runs.
 
     \b
     EXAMPLES

@@ -20,7 +20,7 @@ import random
 import socket
 import urllib.parse
 from collections.abc import AsyncIterator, Set
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 import aiohttp
 import msgspec
@@ -29,7 +29,7 @@ from bpfrl.errors import ApiError, InvalidValueError
 from bpfrl.master.api import Api
 from bpfrl.master.backoff import Backoff
 from bpfrl.master.observer import UNOBSERVED, Observer
-from bpfrl.master.pods import Pod, RawPod, read
+from bpfrl.master.pods import Metadata, Pod, RawPod, read
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,7 @@ _LONGEST_REQUESTED_SECONDS: Final = 120.0
 _SHORT_SECONDS: Final = 1.0
 _GONE: Final = 410
 _BOOKMARK: Final = "BOOKMARK"
+_UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 class Sink(Protocol):
@@ -81,9 +82,15 @@ class _ListMetadata(msgspec.Struct, rename={"resource_version": "resourceVersion
     more: str = ""
 
 
+# What has no items is no empty list, but some other answer: nobody's limit may go because of it.
 class _PodList(msgspec.Struct):
     metadata: _ListMetadata
-    items: list[RawPod] = []
+    items: list[RawPod] | None
+
+
+class _AnyList(msgspec.Struct):
+    metadata: _ListMetadata
+    items: list[msgspec.Raw] | None
 
 
 class _Event(msgspec.Struct):
@@ -96,7 +103,24 @@ class _Failure(msgspec.Struct):
     message: str = ""
 
 
+class _Page(NamedTuple):
+    """Some of the pods that there were at one moment.
+
+    Attributes:
+        pods: those that can be read.
+        unread: the UIDs of the others; an empty one for those whose UID cannot be read either.
+        version: of this state.
+        more: what to ask for the next page with; empty after the last.
+    """
+
+    pods: list[Pod]
+    unread: Set[str]
+    version: str
+    more: str
+
+
 _lists: Final = msgspec.json.Decoder(_PodList)
+_any_lists: Final = msgspec.json.Decoder(_AnyList)
 _events: Final = msgspec.json.Decoder(_Event)
 _pods: Final = msgspec.json.Decoder(RawPod)
 _failures: Final = msgspec.json.Decoder(_Failure)
@@ -113,21 +137,21 @@ async def list_pods(api: Api, namespace: str = "", labels: str = "") -> list[Pod
     Raises:
         ApiError: no answer, or a refusal: of a malformed selector with the status 400.
     """
-    return [pod async for pods, _ in _pages(api, namespace, labels) for pod in pods]
+    return [pod async for page in _pages(api, namespace, labels) for pod in page.pods]
 
 
-async def _pages(api: Api, namespace: str = "", labels: str = "") -> AsyncIterator[tuple[list[Pod], str]]:
-    """All scheduled pods as they were at one moment, page by page, and the version of that state."""
+async def _pages(api: Api, namespace: str = "", labels: str = "") -> AsyncIterator[_Page]:
+    """All scheduled pods as they were at one moment."""
     path = f"/api/v1/namespaces/{urllib.parse.quote(namespace, safe='')}/pods" if namespace else _PODS
     query = {"fieldSelector": _SCHEDULED, "limit": str(_PAGE)} | ({"labelSelector": labels} if labels else {})
     while True:
         timeout = aiohttp.ClientTimeout(total=_LIST_SECONDS, sock_connect=_CONNECT_SECONDS)
         async with api.request("GET", path, query, timeout=timeout) as response:
-            page = _decode(_lists, await response.read())
-        yield [pod for raw in page.items if (pod := _read(raw))], page.metadata.resource_version
-        if not page.metadata.more:
+            page = _page(await response.read())
+        yield page
+        if not page.more:
             return
-        query["continue"] = page.metadata.more
+        query["continue"] = page.more
 
 
 class PodWatch:
@@ -179,25 +203,27 @@ class PodWatch:
         await _end(self._listing)
         self._told = set()
         pages = _pages(self._api)
-        first, version = await anext(pages)
+        first = await anext(pages)
         self._listing = asyncio.create_task(self._list(first, pages))
-        self._version = version
-        log.info("watching pods from version %s", version)
+        self._version = first.version
+        log.info("watching pods from version %s", first.version)
 
-    async def _list(self, first: list[Pod], pages: AsyncIterator[tuple[list[Pod], str]]) -> None:
+    async def _list(self, first: _Page, pages: AsyncIterator[_Page]) -> None:
         """Tell the sink of all pods, a page at a time so that others come in between."""
-        uids = self._put_all(first)
-        async for pods, _ in pages:
-            uids |= self._put_all(pods)
-        self._sink.keep(uids | self._told)
+        uids, unread = self._put_all(first), set(first.unread)
+        async for page in pages:
+            uids |= self._put_all(page)
+            unread |= page.unread
+        # A pod that can be read no more stays as it was.
+        self._sink.keep(uids | unread | self._told, complete=not unread)
         self._observer.listed()
         log.info("%d pods listed", len(uids))
 
-    def _put_all(self, pods: list[Pod]) -> set[str]:
-        for pod in pods:
+    def _put_all(self, page: _Page) -> set[str]:
+        for pod in page.pods:
             if pod.uid not in self._told:
                 self._sink.put(pod)
-        return {pod.uid for pod in pods}
+        return {pod.uid for pod in page.pods}
 
     async def _watch_and_list(self) -> bool:
         """:meth:`_watch`, which ends when the list that goes on meanwhile fails."""
@@ -240,7 +266,15 @@ class PodWatch:
         if event.type == "ERROR":
             failure = _decode(_failures, event.object)
             raise ApiError(f"the API server ends the watch: {failure.message or failure.code}", failure.code)
-        raw = _decode(_pods, event.object)
+        try:
+            raw = _pods.decode(event.object)
+        except _UNREADABLE as error:
+            raw = _rest_of(event.object, error)
+            if not raw.metadata.uid:
+                raise _unreadable(error) from error  # nobody's event: it is asked for again
+            if event.type != "DELETED":  # it stays as it was
+                self._version = raw.metadata.resource_version or self._version
+                return
         if self._listing and event.type != _BOOKMARK:
             self._told.add(raw.metadata.uid)
         if event.type in ("ADDED", "MODIFIED"):
@@ -258,11 +292,49 @@ async def _end(task: asyncio.Task[Any] | None) -> None:
         await asyncio.gather(task, return_exceptions=True)
 
 
+def _page(text: bytes) -> _Page:
+    """A page of pods; those that cannot be read take none with them."""
+    unread = set()
+    try:
+        page = _lists.decode(text)
+        metadata, items = page.metadata, page.items or []
+    except _UNREADABLE:
+        anything = _decode(_any_lists, text)
+        metadata, items = anything.metadata, []
+        for each in anything.items or []:
+            try:
+                items.append(_pods.decode(each))
+            except _UNREADABLE as error:
+                unread.add(_rest_of(each, error).metadata.uid)
+    return _Page([pod for raw in items if (pod := _read(raw))], unread, metadata.resource_version, metadata.more)
+
+
+def _rest_of(text: msgspec.Raw, error: Exception) -> RawPod:
+    """What can be read of a pod's metadata where the pod cannot, and that is told."""
+    try:
+        document = msgspec.json.decode(text)
+    except _UNREADABLE:
+        document = None
+    metadata = document.get("metadata") if isinstance(document, dict) else None
+    fields = metadata if isinstance(metadata, dict) else {}
+    uid, namespace, name, version = (
+        value if isinstance(value := fields.get(key), str) else ""
+        for key in ("uid", "namespace", "name", "resourceVersion")
+    )
+    rest = Metadata(uid=uid, namespace=namespace, name=name, resource_version=version)
+    log.warning("pod %s/%s is left out: %s", rest.namespace, rest.name, error)
+    return RawPod(rest)
+
+
 def _decode(decoder: msgspec.json.Decoder[Decoded], text: bytes | msgspec.Raw) -> Decoded:
     try:
         return decoder.decode(text)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ApiError(f"the API server's answer cannot be read: {error}") from error
+    except _UNREADABLE as error:
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: Exception) -> ApiError:
+    return ApiError(f"the API server's answer cannot be read: {error}")
 
 
 def _read(raw: RawPod) -> Pod | None:

@@ -2,15 +2,19 @@
 
 For machines without Kubernetes, and for trying it out. Each ``.yaml``, ``.yml`` or ``.json`` file holds Pods. A
 Pod's UID says which cgroup is meant, so there must be one: ``metadata.uid``. It is on this machine unless
-``status.hostIP`` names another. A file that cannot be read counts as it did before, and while one has never been
-read, no limiter is removed that this folder does not explain.
+``status.hostIP`` names another. A file has at most 1 MiB, and no aliases, of which a few lines make gigabytes. One that
+cannot be read counts as it did before, and while one has never been read, no limiter is removed that this folder does
+not explain.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import os
 import re
+import stat
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,6 +36,14 @@ _DEFAULT_NAMESPACE: Final = "default"
 _SETTLE_MS: Final = 50
 _LOOK_AGAIN_MS: Final = 30_000
 _GONE_SECONDS: Final = 1.0
+# libyaml's where there is one: a tenth of the time.
+_Loader: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+# A Pod with everything has some hundred parts, ten in each other.
+_MOST_EVENTS: Final = 100_000
+_DEEPEST: Final = 64
+_LONGEST_NUMBER: Final = 400
+_LONGEST_REASON: Final = 80
+_NUMBERS_BEGIN: Final = "+-.0123456789"
 _KIND: Final = re.compile(r"[A-Za-z]{1,63}")
 
 
@@ -128,24 +140,74 @@ def read_file(path: Path) -> list[RawPod]:
     Raises:
         InvalidValueError: it cannot be read, or holds something else.
     """
+    text = _content(path)
     try:
-        if path.is_fifo():
-            raise InvalidValueError("a pipe is no manifest")
-        with path.open("rb") as file:
+        _bounded(text)
+        documents = [document for document in yaml.load_all(text, _Loader) if document is not None]
+    except InvalidValueError:
+        raise
+    # PyYAML raises whatever Python's own types do where a text is no number, day or truth value.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        raise InvalidValueError(f"no YAML: {_reason(error)}") from error
+    if not documents:
+        # As an editor leaves it for a moment; who wants it gone removes the file.
+        raise InvalidValueError("holds no Pod")
+    return [_pod(document) for document in documents]
+
+
+def _content(path: Path) -> bytes:
+    """What stands in a regular file; links are followed, for a ConfigMap's files are some."""
+    try:
+        # Looked at before, for opening a device may do something, and after, for it may be another by then.
+        _regular(path.stat())
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            _regular(os.fstat(file.fileno()))
             text = file.read(_LARGEST_BYTES + 1)
     except OSError as error:
         raise InvalidValueError(f"cannot be read: {error.strerror}") from error
     if len(text) > _LARGEST_BYTES:
         raise InvalidValueError(f"more than {_LARGEST_BYTES} byte is no manifest")
-    try:
-        documents = [document for document in yaml.safe_load_all(text) if document is not None]
-    # PyYAML raises whatever Python's own types do where a text is no number, day or truth value.
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-        raise InvalidValueError(f"no YAML: {' '.join(str(error).split())}") from error
-    if not documents:
-        # As an editor leaves it for a moment; who wants it gone removes the file.
-        raise InvalidValueError("holds no Pod")
-    return [_pod(document) for document in documents]
+    return text
+
+
+def _regular(status: os.stat_result) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(status.st_mode):
+        raise InvalidValueError("a pipe, a socket or a device is no manifest")
+
+
+def _bounded(text: bytes) -> None:
+    """Refuse what takes much more time or memory than its length says, before anything is made of it.
+
+    Raises:
+        InvalidValueError: it does.
+        yaml.YAMLError: it is no YAML.
+    """
+    depth = 0
+    for number, event in enumerate(yaml.parse(text, _Loader)):
+        if isinstance(event, yaml.AliasEvent):
+            raise InvalidValueError("aliases (*name) are not read in manifests: write out what they stand for")
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        elif isinstance(event, yaml.ScalarEvent) and _may_be_a_number(event) and len(event.value) > _LONGEST_NUMBER:
+            raise InvalidValueError(f"a number of {len(event.value)} characters is none that a Pod has")
+        if number > _MOST_EVENTS or depth > _DEEPEST:
+            raise InvalidValueError(f"more than {_MOST_EVENTS} parts, or {_DEEPEST} in each other, are no Pods")
+
+
+def _may_be_a_number(event: yaml.ScalarEvent) -> bool:
+    return bool(event.tag) or (not event.style and event.value[:1] in _NUMBERS_BEGIN)
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, and where; hardly anything of what stands there, which may be as long, and another's file."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        line, column = error.problem_mark.line + 1, error.problem_mark.column + 1
+        return f"{str(error.problem)[:_LONGEST_REASON]} in line {line}, column {column}"
+    return type(error).__name__ if isinstance(error, yaml.YAMLError) else "a value that is none of its kind"
 
 
 def _pod(document: Any) -> RawPod:
@@ -160,7 +222,9 @@ def _pod(document: Any) -> RawPod:
     except msgspec.ValidationError as error:
         raise InvalidValueError(f"no Pod: {error}") from error
     if not raw.metadata.uid:
-        raise InvalidValueError(f"pod {raw.metadata.name} has no metadata.uid, which names its cgroup")
+        raise InvalidValueError(
+            f"pod {raw.metadata.name[:_LONGEST_REASON]!r} has no metadata.uid, which names its cgroup"
+        )
     raw.metadata.namespace = raw.metadata.namespace or _DEFAULT_NAMESPACE
     raw.status.host_ip = raw.status.host_ip or _THIS_MACHINE
     return raw

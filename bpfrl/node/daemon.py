@@ -18,11 +18,12 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from bpfrl import libc, mounts
-from bpfrl.bpf import sockets
+from bpfrl.bpf import generator, sockets
 from bpfrl.cgroup import CgroupTree
 from bpfrl.errors import BpfrlError, KernelError
 from bpfrl.node.agent import Agent
 from bpfrl.node.observer import UNOBSERVED, Observer
+from bpfrl.node.readable import Readable
 from bpfrl.node.server import NodeService
 from bpfrl.rpc import node_pb2, tls
 from bpfrl.rpc.node_pb2_grpc import add_NodeServicer_to_server
@@ -85,6 +86,7 @@ async def serve(
     certificates: tls.Certificates | None,
     *,
     cooperate: bool,
+    known_only: bool = False,
     monitoring: Monitoring | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT.
@@ -95,15 +97,17 @@ async def serve(
         address: where to listen, as HOST:PORT.
         certificates: what to show and to ask for; None: no TLS.
         cooperate: have this node's senders keep to what limited receivers ask for, and its limited pods ask.
+        known_only: take no programs but those that this version compiles or ships.
         monitoring: what is told over HTTP; None: nothing.
 
     Raises:
+        CompilerError: these are wanted, and are neither here nor can be made.
         KernelError: an address, or a BPF file system, cannot be had.
         PermissionDeniedError: this needs root.
     """
     async with AsyncExitStack() as stack:
         observer = await _monitor(monitoring, agent, certificates, stack) if monitoring else UNOBSERVED
-        await _serve(agent, tree, address, certificates, observer, cooperate=cooperate)
+        await _serve(agent, tree, address, certificates, observer, cooperate=cooperate, known_only=known_only)
 
 
 async def _monitor(
@@ -127,9 +131,12 @@ async def _serve(
     observer: Observer,
     *,
     cooperate: bool,
+    known_only: bool,
 ) -> None:
-    server = grpc.aio.server(options=(*_OPTIONS, ("grpc.max_allowed_incoming_connections", _room())))
-    service = NodeService(agent, tree, roles=certificates is not None, cooperate=cooperate, observer=observer)
+    options = (*_OPTIONS, ("grpc.max_allowed_incoming_connections", _room()))
+    server = grpc.aio.server(options=options, interceptors=(Readable(),))
+    roles = certificates is not None
+    service = NodeService(agent, tree, roles=roles, cooperate=cooperate, known_only=known_only, observer=observer)
     add_NodeServicer_to_server(service, server)
     healthy = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
@@ -147,6 +154,9 @@ async def _serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
+    if known_only:
+        build = await asyncio.to_thread(generator.build)
+        log.info("taking no programs but those of build %s", build.hex())
     await asyncio.to_thread(_warm_up, agent)
     await server.start()
     for name in ("", SERVICE):

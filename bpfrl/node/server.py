@@ -36,6 +36,7 @@ from bpfrl.errors import (
     RoleError,
     TransferError,
     TransferTimeoutError,
+    UnknownProgramError,
 )
 from bpfrl.limits import Change, Limits, PodRef
 from bpfrl.node import explain
@@ -67,6 +68,7 @@ _MAY: Final[Mapping[str, tuple[str, ...]]] = {
     "list": (tls.MASTER, tls.OPERATOR),
     "explain": (tls.MASTER, tls.OPERATOR),
 }
+_BUILD_DIGITS: Final = 12
 _STAGES: Final = {Stage.LOADED: node_pb2.STAGE_LOADED, Stage.PINNED: node_pb2.STAGE_PINNED}
 
 
@@ -99,16 +101,25 @@ class NodeService(NodeServicer):
         tree: where the pods' cgroups are.
         roles: whether the caller's certificate must have a role that may make the call; False only without TLS.
         cooperate: whether this node's senders keep to what limited receivers ask for.
+        known_only: take no programs but those that this version compiles or ships.
         observer: who wants to know of the calls.
     """
 
     def __init__(
-        self, agent: Agent, tree: CgroupTree, *, roles: bool, cooperate: bool, observer: Observer = UNOBSERVED
+        self,
+        agent: Agent,
+        tree: CgroupTree,
+        *,
+        roles: bool,
+        cooperate: bool,
+        known_only: bool = False,
+        observer: Observer = UNOBSERVED,
     ) -> None:
         self._agent = agent
         self._tree = tree
         self._roles = roles
         self._cooperate = cooperate
+        self._known_only = known_only
         self._observer = observer
         self._refusals = explain.Refusals()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="agent")
@@ -124,6 +135,8 @@ class NodeService(NodeServicer):
         async with self._answering(context, "attach") as call:
             header, pod, limits = await self._header(request_iterator)
             call.uid = pod.uid
+            if self._known_only and header.build != generator.build():
+                raise _unknown(header.build)
             path = await self._cgroup(pod.uid, header.wait_ms / 1000)
             call.begins()
             change = await self._keep(pod, limits, header.build, path)
@@ -131,6 +144,8 @@ class NodeService(NodeServicer):
                 yield node_pb2.AttachReply(stage=node_pb2.STAGE_PROCEED)
                 image = await _receive(request_iterator, header)
                 _compare(image, header, limits)
+                if self._known_only and not generator.is_known(image):
+                    raise _unknown(header.build)
                 yield node_pb2.AttachReply(stage=node_pb2.STAGE_RECEIVED)
                 stages: asyncio.Queue[Stage | None] = asyncio.Queue()
                 attached = self._start_attach(image, pod, path, stages)
@@ -320,6 +335,14 @@ def _limiting(limits: Limits) -> Limits:
     if limits.unlimited:
         raise InvalidValueError("the limits limit nothing: detach the pod instead")
     return limits
+
+
+def _unknown(build: bytes) -> UnknownProgramError:
+    shown, own = (each.hex()[:_BUILD_DIGITS] or "none" for each in (build, generator.build()))
+    return UnknownProgramError(
+        "this node takes the programs of its own version alone (--require-known-program), which are build"
+        f" {own}; build {shown} came, or one with other numbers in it: have master and nodes run one version"
+    )
 
 
 async def _receive(requests: _Requests, header: node_pb2.Header) -> bytes:

@@ -20,6 +20,7 @@ from bpfrl.errors import (
     RefusedError,
     RoleError,
     TransferTimeoutError,
+    UnknownProgramError,
     UnreachableError,
     VerifierError,
 )
@@ -33,6 +34,7 @@ _CODES: Final[dict[type[BpfrlError], grpc.StatusCode]] = {
     OversizedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     TransferTimeoutError: grpc.StatusCode.DEADLINE_EXCEEDED,
     AlreadyLimitedError: grpc.StatusCode.ALREADY_EXISTS,
+    UnknownProgramError: grpc.StatusCode.FAILED_PRECONDITION,
     VerifierError: grpc.StatusCode.FAILED_PRECONDITION,
     BrokenLimiterError: grpc.StatusCode.FAILED_PRECONDITION,
     AmbiguousCgroupError: grpc.StatusCode.FAILED_PRECONDITION,

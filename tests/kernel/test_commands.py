@@ -18,6 +18,7 @@ from bench.lab import BPFRL, PEER_ADDRESS, Lab
 from bpfrl import cgroup
 from tests.kernel.conftest import attached, bpftool, items, only
 from tests.measuring import unmeasured
+from tests.objects import of_another_build, sealed
 
 LIMITER = {"cgroup_inet_egress", "cgroup_inet_ingress", "cgroup_sock_ops"}
 
@@ -72,13 +73,7 @@ def test_attach_again_changes_the_limits_in_place(bed: Lab) -> None:
 def test_a_limiter_of_another_build_is_replaced_on_its_own_maps(bed: Lab, tmp_path: Path) -> None:
     """An upgrade of bpfrl: other programs, the same counters, and the links are never let go of."""
     bed.bpfrl("generate", "--rate", "5mbit", "-o", str(tmp_path / "other.o"))
-    image = bytearray((tmp_path / "other.o").read_bytes())
-    from bpfrl.bpf import generator  # noqa: PLC0415
-    from bpfrl.bpf.layout import IdentityData  # noqa: PLC0415
-
-    place = generator.inspect(bytes(image)).identity_at + IdentityData.build.offset
-    image[place] ^= 0xFF
-    (tmp_path / "other.o").write_bytes(image)
+    (tmp_path / "other.o").write_bytes(of_another_build((tmp_path / "other.o").read_bytes()))
 
     bed.bpfrl("attach", "--pod-uid", bed.pod_uid, "--object", str(tmp_path / "other.o"), "--pod-name", "a/b")
     bed.ping(3)
@@ -414,7 +409,7 @@ def test_what_the_verifier_rejects_leaves_nothing(bed: Lab, tmp_path: Path) -> N
         assert section is not None
         place = section["sh_offset"]
     image[place : place + 8] = bytes.fromhex("7912ff7f00000000")  # r2 = *(u64 *)(r1 + 32767)
-    file.write_bytes(image)
+    file.write_bytes(sealed(bytes(image)))
     done = bed.bpfrl("attach", "--pod-uid", bed.pod_uid, "--object", str(file), check=False)
     assert done.returncode == 1
     assert "the kernel refuses the BPF programs" in done.stderr

@@ -9,8 +9,7 @@ import pytest
 
 from bench.lab import PEER_ADDRESS, POD_ADDRESS, Lab
 from bench.traffic import jain
-from bpfrl.bpf import generator, sockets
-from bpfrl.bpf.layout import IdentityData
+from bpfrl.bpf import sockets
 from bpfrl.errors import KernelError
 from bpfrl.limits import Change
 from bpfrl.node.agent import Agent
@@ -34,6 +33,7 @@ from tests.kernel.conftest import (
     storages,
     until,
 )
+from tests.objects import of_another_build as another_build
 
 pytestmark = MEASURES
 
@@ -241,9 +241,7 @@ def of_another_build(bed: Lab, folder: Path, *options: str) -> Path:
     """A limiter's object as another version would have made it."""
     file = folder / "other.o"
     bed.bpfrl("generate", *options, "-o", str(file))
-    image = bytearray(file.read_bytes())
-    image[generator.inspect(bytes(image)).identity_at + IdentityData.build.offset] ^= 0xFF
-    file.write_bytes(image)
+    file.write_bytes(another_build(file.read_bytes()))
     return file
 
 

@@ -18,13 +18,13 @@ import pytest
 
 from bench.lab import Lab
 from bpfrl.bpf import generator, libbpf
-from bpfrl.bpf.layout import IdentityData
 from bpfrl.cli import cli
 from bpfrl.errors import KernelError
 from bpfrl.limits import Limits, PodRef
 from bpfrl.node.agent import Agent
 from bpfrl.units import Rate
 from tests.kernel.conftest import attached, attached_to, cooperation, entries, items, only
+from tests.objects import of_another_build
 
 # Everything by which bpfrl changes the kernel's state.
 STEPS: list[tuple[Any, str]] = [
@@ -146,9 +146,7 @@ def test_update_and_upgrade_never_leave_the_pod_without_its_limiter(bed: Lab, tm
     objects = [tmp_path / "one.o", tmp_path / "two.o"]
     for mark, file in enumerate(objects):
         bed.bpfrl("generate", "--rate", f"{mark + 1}mbit", "-o", str(file))
-        image = bytearray(file.read_bytes())
-        image[generator.inspect(bytes(image)).identity_at + IdentityData.build.offset] = mark
-        file.write_bytes(image)
+        file.write_bytes(of_another_build(file.read_bytes(), mark))
     bed.bpfrl("attach", "--pod-uid", bed.pod_uid, "--object", str(objects[0]))
     bed.ping(2)
     counted = only(bed)["egress"]["passed_packets"]

@@ -41,9 +41,11 @@ from bpfrl import cgroup
 from bpfrl.bpf import generator, law, limiter
 from bpfrl.bpf.limiter import Broken, Status
 from bpfrl.cgroup import CgroupTree
+from bpfrl.errors import InvalidObjectError
 from bpfrl.limits import Change, Limits, PodRef
 from bpfrl.node import daemon, server
 from bpfrl.node.agent import Agent
+from bpfrl.node.readable import Readable
 from bpfrl.node.server import NodeService
 from bpfrl.rpc import authority, messages, node_pb2, tls
 from bpfrl.rpc.client import NodeClient
@@ -52,6 +54,7 @@ from bpfrl.units import Rate
 from tests.kernel.conftest import attached, attached_to, cooperation, entries, items, only, until
 from tests.kernel.test_agent import FOREIGN, build, end_pod, state, wait_until_gone
 from tests.measuring import unmeasured
+from tests.objects import of_another_build, sealed
 
 SLOW, FAST = Limits(Rate(10**6)), Limits(Rate(10**9), Rate(2 * 10**9), 65_536)
 SECONDS = 20.0
@@ -68,12 +71,6 @@ def program(limits: Limits) -> bytes:
     return generator.generate(None, limits)
 
 
-def of_build(image: bytes, build: bytes) -> bytes:
-    """The same program, as if another version had made it."""
-    contents = generator.inspect(image)
-    return generator.relabel(image, contents._replace(build=build), PodRef("f" * 32), 0)
-
-
 def section(image: bytes, name: str) -> int:
     """Where a section begins."""
     found = ELFFile(BytesIO(image)).get_section_by_name(name)
@@ -85,14 +82,22 @@ def filled(image: bytes, limits: Limits) -> bytes:
     """A program with its limits and its build, as the generator fills its own."""
     changed, data, place = bytearray(image), bytes(law.encode(limits)), section(image, ".data.limits")
     changed[place : place + len(data)] = data
-    return of_build(bytes(changed), hashlib.sha256(image).digest())
+    return sealed(bytes(changed))
+
+
+def build_of(image: bytes) -> bytes:
+    """The build that a program names, or that of ours if it is none."""
+    try:
+        return generator.inspect(image).build
+    except InvalidObjectError:
+        return generator.build()
 
 
 def tampered(image: bytes) -> bytes:
     """A program whose first instruction reads what no program may read."""
     changed, place = bytearray(image), section(image, "cgroup_skb/egress")
     changed[place : place + 8] = bytes.fromhex("7912ff7f00000000")  # r2 = *(u64 *)(r1 + 32767)
-    return bytes(changed)
+    return sealed(bytes(changed))
 
 
 def header(uid: str, image: bytes, limits: Limits = FAST, /, **others: Any) -> node_pb2.AttachRequest:
@@ -102,7 +107,7 @@ def header(uid: str, image: bytes, limits: Limits = FAST, /, **others: Any) -> n
         "limits": messages.from_limits(limits),
         "size": len(image),
         "sha256": hashlib.sha256(image).digest(),
-        "build": generator.build(),
+        "build": build_of(image),
     }
     return node_pb2.AttachRequest(header=node_pb2.Header(**(fields | others)))
 
@@ -211,7 +216,7 @@ async def connected(port: int, bundle: grpc.ChannelCredentials) -> AsyncIterator
 @asynccontextmanager
 async def serving(bed: Lab, pki: Path) -> AsyncIterator[Wire]:
     """The service on loopback, as the daemon sets it up, and its master."""
-    listener = grpc.aio.server(options=daemon._OPTIONS)
+    listener = grpc.aio.server(options=daemon._OPTIONS, interceptors=(Readable(),))
     service = NodeService(Agent(bed.bpffs), CgroupTree(bed.cgroup_root), roles=True, cooperate=True)
     add_NodeServicer_to_server(service, listener)
     shown = tls.server_credentials(tls.Certificates(pki / "node", tls.NODE))
@@ -250,10 +255,12 @@ def snapshot(bed: Lab) -> object:
     return state(bed), Agent(bed.bpffs).limiters(), sorted(os.listdir("/sys/fs/bpf")), held
 
 
-def limit(bed: Lab, *, build: bytes = bytes(32), pod: PodRef | None = None) -> None:
+def limit(bed: Lab, *, pod: PodRef | None = None) -> None:
     """Give the pod a limiter of another build, so that the present one has to travel."""
-    image = of_build(program(SLOW), build)
-    assert Agent(bed.bpffs).attach(image, pod or PodRef(bed.pod_uid), bed.pod_cgroup) is Change.ATTACHED
+    assert (
+        Agent(bed.bpffs).attach(of_another_build(program(SLOW)), pod or PodRef(bed.pod_uid), bed.pod_cgroup)
+        is Change.ATTACHED
+    )
 
 
 def in_force(bed: Lab) -> dict[str, Limits]:
@@ -365,7 +372,11 @@ def test_update_list_and_detach(bed: Lab, pki: Path) -> None:
         found = await wire.client.list()
         assert found == Agent(bed.bpffs).limiters()
         [status] = [each for each in found if isinstance(each, Status)]
-        assert (status.pod.name, status.limits, status.build) == ("cart-0", FAST, bytes(32))
+        assert (status.pod.name, status.limits, status.build) == (
+            "cart-0",
+            FAST,
+            build_of(of_another_build(program(SLOW))),
+        )
         assert status.egress.passed_packets >= 2
         assert [each.uid for each in found if isinstance(each, Broken)] == [broken]
         assert (await wire.call("Detach", node_pb2.DetachRequest(uid=broken)))[1:3] == ("DETACHED", "OK")
@@ -587,6 +598,12 @@ REFUSED: dict[str, tuple[Callable[[str], Requests], str, str, bool]] = {
         "this is not a bpfrl limiter, or one of another version",
         True,
     ),
+    "a bit that has fallen over": (
+        of(lambda image: image[:2000] + bytes([image[2000] ^ 1]) + image[2001:]),
+        "INVALID_ARGUMENT",
+        "the object is damaged, its programs do not have the SHA-256 that it names",
+        True,
+    ),
     "what the verifier refuses": (of(tampered), "FAILED_PRECONDITION", "invalid bpf_context access", True),
 }
 
@@ -633,7 +650,7 @@ def test_a_limiter_with_more_in_it_is_refused(
 
     async def calls(wire: Wire) -> None:
         before = snapshot(bed)
-        done = await wire.attach(*whole(bed.pod_uid, image, build=generator.inspect(image).build))
+        done = await wire.attach(*whole(bed.pod_uid, image))
         assert done.code == "INVALID_ARGUMENT"
         assert done.reason == f"not the programs and maps of a limiter: {its_name}"
         assert snapshot(bed) == before
@@ -646,7 +663,7 @@ def test_a_limiter_made_elsewhere_is_taken(bed: Lab, pki: Path, tmp_path: Path) 
     image = filled(build(tmp_path, str), FAST)
 
     async def calls(wire: Wire) -> None:
-        done = await wire.attach(*whole(bed.pod_uid, image, build=generator.inspect(image).build))
+        done = await wire.attach(*whole(bed.pod_uid, image))
         assert done == (ALL_STAGES, "ATTACHED", "OK", "")
 
     run(bed, pki, calls)

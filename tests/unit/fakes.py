@@ -17,7 +17,7 @@ import pytest
 from aiohttp import web
 from kubernetes.aio.client import ApiClient, Configuration
 
-from bpfrl.bpf import cooperation, generator, libbpf, limiter, sockets
+from bpfrl.bpf import apart, cooperation, generator, libbpf, limiter, sockets
 from bpfrl.bpf.layout import Counters, CountersData, IdentityData
 from bpfrl.bpf.libbpf import AttachType, Descriptor, Linked, MapShape, Shape
 from bpfrl.bpf.limiter import Broken, Status
@@ -351,6 +351,7 @@ class Kernel:
             monkeypatch.setattr(libbpf, name, getattr(self, name))
         for module in (cooperation, limiter, sockets):
             monkeypatch.setattr(module, "LoadedObject", self.load)
+        monkeypatch.setattr(apart, "LoadedApart", self.load)
 
     def load(self, image: bytes, reuse: dict[str, Thing] | None = None, shape: Shape | None = None) -> LoadedThings:
         self._check("load")

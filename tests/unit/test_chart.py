@@ -38,6 +38,7 @@ EVERYTHING: Json = {
         "port": 20002,
         "httpPort": 20003,
         "cooperate": False,
+        "requireKnownProgram": True,
         "mountBpffs": True,
         "extraArgs": ["--no-cooperate"],
         "nodeSelector": {"pool": "limited"},
@@ -405,7 +406,7 @@ def test_the_ports_are_those_of_the_options() -> None:
             assert container[probe]["httpGet"] == {"path": path, "port": "http"}
     [node_container] = find(found, "DaemonSet")["spec"]["template"]["spec"]["containers"]
     [master_container] = find(found, "Deployment")["spec"]["template"]["spec"]["containers"]
-    assert "--listen=:20002" in node_container["args"]
+    assert {"--listen=:20002", "--require-known-program"} <= {*node_container["args"]}
     assert "--node-port=20002" in master_container["args"]
 
 

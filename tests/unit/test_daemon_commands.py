@@ -262,7 +262,16 @@ def test_a_nodes_pods_cooperate_unless_it_is_told_otherwise(
     served: list[Served], typed: tuple[str, ...], *, cooperates: bool
 ) -> None:
     assert run("serve-node", "--insecure", "--listen", "127.0.0.1:0", *typed).exit_code == 0
-    assert [each.options for each in served] == [{"cooperate": cooperates, "monitoring": None}]
+    assert [each.options["cooperate"] for each in served] == [cooperates]
+
+
+@pytest.mark.usefixtures("root_logger")
+@pytest.mark.parametrize("typed", [(), ("--require-known-program",)], ids=str)
+def test_a_node_takes_other_programs_than_its_own_unless_it_is_told_otherwise(
+    served: list[Served], typed: tuple[str, ...]
+) -> None:
+    assert run("serve-node", "--insecure", "--listen", "127.0.0.1:0", *typed).exit_code == 0
+    assert [each.options for each in served] == [{"cooperate": True, "known_only": bool(typed), "monitoring": None}]
 
 
 @pytest.mark.usefixtures("root_logger")

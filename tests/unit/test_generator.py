@@ -24,6 +24,7 @@ from bpfrl.bpf.layout import LAYOUT, IdentityData, LimitsData
 from bpfrl.errors import CompilerError, InvalidObjectError
 from bpfrl.limits import Limits, PodRef
 from bpfrl.units import Rate
+from tests.objects import of_another_build
 from tests.unit.conftest import forget_programs, make
 
 POD = PodRef("8c4a6c1e-0f6b-4c0e-9d0b-0a5f5a3a7f10", "shop", "cart-0")
@@ -133,9 +134,9 @@ def test_a_relabelled_object_names_the_cgroup_and_differs_in_nothing_else(image:
 
 
 def test_a_relabelled_object_keeps_its_own_build(image: bytes) -> None:
-    build = bytes(range(32))
-    foreign = patched(image, place(image, "identity") + IdentityData.build.offset, build)
-    assert generator.inspect(relabelled(foreign, PodRef("0" * 32))).build == build
+    foreign = of_another_build(image)
+    assert generator.inspect(relabelled(foreign, PodRef("0" * 32))).build == generator.inspect(foreign).build
+    assert generator.inspect(foreign).build != generator.inspect(image).build
 
 
 # What is no object, or a damaged one. Whatever the bytes are, only InvalidObjectError may come out.

@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import string
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -115,13 +117,23 @@ def test_annotations_that_cannot_be_meant_are_the_pods_problem_and_not_the_files
 
 # Files that cannot be read.
 
+
+def bomb(collection: str, entry: str = "*{1}") -> str:
+    """Collections of which each has nine times the one before it."""
+    lines = ["kind: Pod", "a: &a {k: v}"]
+    for before, name in pairwise(string.ascii_lowercase):
+        entries = ", ".join(entry.format(number, before) for number in range(9))
+        lines.append(f"{name}: &{name} {collection.format(entries)}")
+    return "\n".join([*lines, "metadata: *z"])
+
+
 BAD: dict[str, tuple[str | bytes, str]] = {
     "no YAML": ("kind: [", "no YAML: "),
     "a tab": ("kind:\n\tPod", "no YAML: "),
     "no UTF-8": (b"\xff\xfe\xff", "no YAML: "),
     "a NUL": (b"kind: \x00", "no YAML: "),
     "a tag": ("!!python/object:os.system {}", "no YAML: "),
-    "too deep": ("[" * 600, "no YAML: "),
+    "too deep": ("[" * 600, "more than 100000 parts, or 64 in each other, are no Pods"),
     "another kind": ("kind: Deployment", "holds Deployment where a Pod is expected"),
     "no kind": ("metadata: {}", "holds something where a Pod is expected"),
     "a text": ("hello", "holds something where a Pod is expected"),
@@ -129,13 +141,26 @@ BAD: dict[str, tuple[str | bytes, str]] = {
     "an odd kind": ("kind: {a: [1, 2]}", "where a Pod is expected"),
     "a long kind": ("kind: |\n" + "  much\n" * 10_000, "where a Pod is expected"),
     "no metadata": ("kind: Pod", "no Pod: "),
-    "no uid": ("kind: Pod\nmetadata: {name: cart-1}", "pod cart-1 has no metadata.uid, which names its cgroup"),
+    "no uid": ("kind: Pod\nmetadata: {name: cart-1}", "pod 'cart-1' has no metadata.uid, which names its cgroup"),
     "no such uid": (text(1, uid="cart-1"), "is no pod UID"),
     "no such name": (text(1, name="No Name"), "is no pod name"),
     "a number": (text(1).replace("10M", "10000000"), "no Pod: Expected `str`, got `int` - at `$.metadata.annotations"),
     "a number as name": (text(1, name=7), "no Pod: Expected `str`, got `int` - at `$.metadata.name`"),
     "too large": ("# " + "x" * 2**20, "more than 1048576 byte is no manifest"),
     "a second document": (text(1) + "---\nkind: Service", "holds Service where a Pod is expected"),
+    # Bombs: small files, of which parsers make much, or take long for.
+    "lists of lists of lists": (bomb("[{}]"), "aliases (*name) are not read in manifests"),
+    "maps of maps of maps": (bomb("{{{}}}", "k{}: *{}"), "aliases (*name) are not read in manifests"),
+    "merged again and again": (bomb("{{<<: [{}]}}"), "aliases (*name) are not read in manifests"),
+    "a list in itself": ("&a [*a]", "aliases (*name) are not read in manifests"),
+    "a pod in itself": ("&a {kind: Pod, metadata: *a}", "aliases (*name) are not read in manifests"),
+    "deep as a well": ("[" * 500_000, "more than 100000 parts, or 64 in each other, are no Pods"),
+    "a step a line": ("\n".join(" " * depth + "a:" for depth in range(1_000)), "more than 100000 parts, or 64 in"),
+    "many": ("[" + "a," * 500_000 + "]", "more than 100000 parts, or 64 in each other, are no Pods"),
+    "many documents": ("---\nkind: Pod\n" * 60_000, "more than 100000 parts, or 64 in each other, are no Pods"),
+    "a number that takes an hour": ("x: 1" + ":59" * 100_000, "a number of 300001 characters is none that a Pod has"),
+    "a long tag": (f"!<{'%1b' * 9_000}> 1", "no YAML: could not determine a constructor for the tag '"),
+    "a long name": (f"kind: Pod\nmetadata: {{name: {'x' * 9_000}}}", "has no metadata.uid, which names its cgroup"),
     # What YAML takes for something else than text.
     "no such day": (text(1, labels={}) + "created: 2024-13-45\n", ""),
     "no such number": (text(1) + "replicas: !!int many\n", ""),
@@ -156,7 +181,7 @@ def test_a_file_that_cannot_be_read_is_told_of_once_and_leaves_others_alone(
     assert folder.look() == ([uid_of(9)], False)
     [message] = [record.getMessage() for record in caplog.records]
     assert message.startswith(
-        f"{bad}: {problem}" if problem.startswith(("no ", "holds", "pod", "more")) else f"{bad}: "
+        f"{bad}: {problem}" if problem.startswith(("no ", "holds", "pod", "more", "aliases")) else f"{bad}: "
     )
     assert problem in message
     assert "\n" not in message
@@ -201,10 +226,65 @@ def test_a_folder_with_a_files_name_cannot_be_read(folder: Folder, caplog: pytes
     assert "cannot be read: Is a directory" in caplog.text
 
 
-def test_a_pipe_is_not_waited_for(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
-    os.mkfifo(folder.path / "one.yaml")
+@pytest.mark.parametrize("through_a_link", [False, True])
+def test_a_pipe_is_not_waited_for(folder: Folder, caplog: pytest.LogCaptureFixture, *, through_a_link: bool) -> None:
+    pipe = folder.path / ("pipe" if through_a_link else "one.yaml")
+    os.mkfifo(pipe)
+    if through_a_link:
+        (folder.path / "one.yaml").symlink_to(pipe)
     assert folder.look() == ([], False)
-    assert "a pipe is no manifest" in caplog.text
+    assert "a pipe, a socket or a device is no manifest" in caplog.text
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "/dev/full", "/dev/tty", "/proc/self/fd/0"])
+def test_a_device_is_not_even_opened(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, target: str
+) -> None:
+    (folder.path / "one.yaml").symlink_to(target)
+    folder.write("two.yaml", text(2))
+    opened: list[Path] = []
+    really = os.open
+
+    def watch(path: Path, *options: int) -> int:
+        opened.append(path)
+        return really(path, *options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", watch)
+        assert folder.look() == ([uid_of(2)], False)
+    assert opened == [folder.path / "two.yaml"]
+    assert "/one.yaml: " in caplog.text
+
+
+def test_a_link_round_in_circles_cannot_be_read(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    (folder.path / "one.yaml").symlink_to("two.yaml")
+    (folder.path / "two.yaml").symlink_to("one.yaml")
+    folder.write("three.yaml", text(3))
+    assert folder.look() == ([uid_of(3)], False)
+    assert caplog.text.count("cannot be read: Too many levels of symbolic links") == 2
+
+
+def test_what_stands_in_somebody_elses_file_is_not_told(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    secret = folder.write("shadow", "root:$6$salt$secret:19000:0:99999:7:::\ndaemon:*:19000:0\n\t'%@secret\n")
+    (folder.path / "one.yaml").symlink_to(secret)
+    assert folder.look() == ([], False)
+    assert "secret" not in caplog.text
+
+
+def test_files_that_vanish_while_they_are_read_are_gone(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.write("a.yaml", text(1))
+    folder.write("b.yaml", text(2))
+    really = os.open
+
+    def vanish(path: Path, *options: int) -> int:
+        if path.name == "a.yaml":
+            path.unlink(missing_ok=True)
+        return really(path, *options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", vanish)
+        assert folder.look() == ([uid_of(2)], False)
+    assert folder.look() == ([uid_of(2)], True)
 
 
 def test_a_link_to_nowhere_cannot_be_read(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:

@@ -29,6 +29,7 @@ from bpfrl.errors import (
     RoleError,
     TransferError,
     TransferTimeoutError,
+    UnknownProgramError,
     UnreachableError,
     VerifierError,
 )
@@ -44,6 +45,7 @@ CODES: dict[type[BpfrlError], str] = {
     AlreadyLimitedError: "ALREADY_EXISTS",
     PermissionDeniedError: "INTERNAL",
     KernelError: "INTERNAL",
+    UnknownProgramError: "FAILED_PRECONDITION",
     VerifierError: "FAILED_PRECONDITION",
     NotLimitedError: "NOT_FOUND",
     BrokenLimiterError: "FAILED_PRECONDITION",
