@@ -307,7 +307,11 @@ class LoadedObject:
                 handle = lib.bpf_object__find_map_by_name(self._object, name.encode())
                 _check(lib.bpf_map__reuse_fd(handle, descriptor.number) if handle else -1, f"keep the map {name}")
             if lib.bpf_object__load(self._object) < 0:
-                _refused(_last_lines(log.value.decode(errors="replace")))
+                number, verdict = ctypes.get_errno(), _last_lines(log.value.decode(errors="replace"))
+                if shape and not verdict and (number == errno.EINVAL or number >= _LIBBPF_ERRNO):
+                    # An object that is known for certain may be beyond this kernel; any other is more likely damaged.
+                    raise InvalidObjectError(f"libbpf cannot load the object: {_reason(number)}")
+                _refused(verdict)
             undo.pop_all()
 
     def __enter__(self) -> Self:

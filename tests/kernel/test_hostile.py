@@ -142,7 +142,7 @@ def attack(node: Node, name: str, seconds: float, kept: int | None = None) -> in
         kept: and until there are no more connections than these, where that is said.
 
     Returns:
-        How many descriptors the daemon had when it was under way.
+        How many descriptors the daemon had at most.
     """
 
     async def work() -> int:
@@ -151,15 +151,20 @@ def attack(node: Node, name: str, seconds: float, kept: int | None = None) -> in
             stack.push_async_callback(master.close)
             await served(node, master)
             before = node.descriptors
-            await node.order(name, "begun")
+            # That takes a while, too: what is held first may have been let go of when the last comes.
+            beginning = asyncio.create_task(node.order(name, "begun"))
             stack.push_async_callback(node.order, "", "ended")
-            deadline, most, megabytes, slowest = time.monotonic() + seconds, node.descriptors, 0, 0.0
-            anew = await served_anew(node)
-            while time.monotonic() < deadline or (kept is not None and node.descriptors > before + kept):
-                assert time.monotonic() < deadline + LATER_SECONDS, (before, node.descriptors)
-                slowest = max(slowest, await served(node, master))
-                megabytes = max(megabytes, node.megabytes)
-                await asyncio.sleep(0.01)
+            stack.push_async_callback(asyncio.wait, [beginning])
+            deadline, most, megabytes, slowest, anew = time.monotonic() + seconds, 0, 0, 0.0, 0.0
+            while (
+                not beginning.done()
+                or time.monotonic() < deadline
+                or (kept is not None and node.descriptors > before + kept)
+            ):
+                assert time.monotonic() < deadline + 2 * LATER_SECONDS, (before, node.descriptors)
+                slowest, anew = max(slowest, await served(node, master)), max(anew, await served_anew(node))
+                most, megabytes = max(most, node.descriptors), max(megabytes, node.megabytes)
+            await beginning
             figures = f"{most} descriptors, {megabytes} MB, calls {slowest * 1000:.0f} ms, anew {anew:.1f} s"
             sys.stdout.write(f"{name}: {figures}\n")
             assert slowest < SOON_SECONDS
@@ -188,4 +193,4 @@ def test_nothing_is_left_of_it(node: Node) -> None:
         time.sleep(0.1)
     assert node.daemon.process.poll() is None
     assert "Traceback" not in "\n".join(node.daemon.log)
-    assert len(node.daemon.log) < MOST_LINES
+    assert len([line for line in node.daemon.log if "refused" in line or "hung up" in line]) < MOST_LINES

@@ -16,7 +16,7 @@ from bpfrl.bpf import generator, libbpf, limiter, probe
 from bpfrl.bpf.libbpf import AttachType, Descriptor, MapShape, MapType, ProgramType
 from bpfrl.bpf.limiter import Broken
 from bpfrl.cgroup import CgroupTree
-from bpfrl.errors import BpfrlError
+from bpfrl.errors import BpfrlError, BrokenLimiterError
 from bpfrl.limits import Change, Limits, PodRef
 from bpfrl.node import explain
 from bpfrl.node.agent import Agent
@@ -139,6 +139,29 @@ def test_a_bpffs_with_anything_in_it_is_lived_with(bed: Lab, seed: int) -> None:
     assert agent.attach(image, PodRef(bed.pod_uid), bed.pod_cgroup) is Change.ATTACHED
     assert agent.detach(bed.pod_uid) is Change.DETACHED
     assert foreign <= everything(bed.bpffs)
+
+
+@pytest.mark.parametrize("name", ["limits", "sockops_link"])
+@pytest.mark.parametrize("put", [Path.mkdir, lambda path: path.symlink_to("/etc")], ids=["a folder", "a link"])
+def test_what_looks_like_a_limiter_and_has_something_else_in_it_is_none(
+    bed: Lab, put: Callable[[Path], object], name: str
+) -> None:
+    agent, pod = Agent(bed.bpffs), PodRef(bed.pod_uid)
+    (bed.bpffs / bed.pod_uid).mkdir()
+    put(bed.bpffs / bed.pod_uid / name)
+    before = everything(bed.bpffs)
+    with pytest.raises(BrokenLimiterError, match="not made by bpfrl: look at it, and remove it"):
+        agent.attach(generator.generate(None, SLOW), pod, bed.pod_cgroup)
+    with pytest.raises(BrokenLimiterError, match="not made by bpfrl: look at it, and remove it"):
+        agent.detach(bed.pod_uid)
+    assert (attached(bed), everything(bed.bpffs)) == ([], before)
+
+
+def test_a_cooperations_folder_with_more_in_it_is_told_and_stays(bed: Lab) -> None:
+    (bed.bpffs / "cooperation-1" / "theirs").mkdir(parents=True)
+    with pytest.raises(BrokenLimiterError, match="holds what bpfrl has not made: look at it, and remove it"):
+        Agent(bed.bpffs).stop_cooperating(1)
+    assert (bed.bpffs / "cooperation-1" / "theirs").is_dir()
 
 
 def test_thousands_of_folders_are_no_more_than_slow(bed: Lab) -> None:

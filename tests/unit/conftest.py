@@ -13,11 +13,14 @@ from hypothesis.configuration import set_hypothesis_home_dir
 
 from bpfrl.bpf import generator
 from bpfrl.rpc import authority
+from tests import fuzzing
 
 # Nothing is left beside the sources; no run differs from the last; and how long a call takes says most about the
 # machine's other work.
 set_hypothesis_home_dir(Path(__file__).parents[2] / ".cache" / "hypothesis")
-settings.register_profile("unit", database=None, deadline=None, derandomize=True)
+settings.register_profile(
+    "unit", database=None, deadline=None, derandomize=not fuzzing.ROUND, max_examples=1_000 if fuzzing.ROUND else 100
+)
 settings.load_profile("unit")
 
 
