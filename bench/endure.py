@@ -51,7 +51,7 @@ system call that changes the kernel's state, and has each call of bpf() fail wit
 After a kill nothing limits the pod that `bpfrl list` does not show, a pod that had a limit still has one, and the
 same command again, or the node's daemon within a minute, ends what was begun. A call that fails leaves everything as
 it was, or is not needed for a whole limiter; a detach that was refused half-way shows as broken, and the next one
-ends it. Continuous integration takes every ninth step, `make faults` all.
+ends it. Continuous integration takes a sample of the steps, `make faults` all.
 
 ## What is on disk
 

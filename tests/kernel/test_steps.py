@@ -30,7 +30,7 @@ from tests.kernel.conftest import attached, entries
 CALLS = "bpf,mkdir,mkdirat,rename,renameat,renameat2,unlink,unlinkat,rmdir,setns"
 REFUSALS = ("ENOMEM", "EPERM", "ENOSPC", "EBUSY")
 EVERY = bool(os.environ.get("BPFRL_EVERY_STEP"))
-STRIDE = 1 if EVERY else 9
+STRIDE = 1 if EVERY else 17
 SLOW, FAST = Limits(Rate(10**6)), Limits(Rate(2 * 10**6), Rate(3 * 10**6))
 
 
