@@ -105,10 +105,12 @@ def _visited(name: str, storage: Descriptor, path: Path, data: VisitData) -> Vis
 
 def _visit(name: str, storage: Descriptor, path: Path, data: VisitData) -> VisitData:
     with ExitStack() as stack:
-        namespaces = [stack.enter_context(Descriptor(number)) for number in cgroup.open_network_namespaces(path)]
+        numbers = cgroup.open_network_namespaces(path, with_tcp=True)
+        namespaces = [stack.enter_context(Descriptor(number)) for number in numbers]
         if not namespaces:
             return data
-        loaded = stack.enter_context(LoadedObject(generator.compile_object(_SOURCE), reuse={STORAGE: storage}))
+        image = generator.compile_object(_SOURCE)
+        loaded = stack.enter_context(LoadedObject(image, reuse={STORAGE: storage}, programs={name}))
         program, visit = loaded.program(name), loaded.map(_VISIT)
         libbpf.write(visit, 0, data)
         for namespace in namespaces:
