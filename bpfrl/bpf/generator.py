@@ -18,6 +18,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from ctypes import Structure, sizeof
 from functools import cache
 from importlib import resources
@@ -125,6 +126,19 @@ def inspect(image: bytes) -> Contents:
     except (BpfrlError, UnicodeDecodeError) as error:
         raise InvalidObjectError(f"the object's limits or identity are damaged ({error}): generate it again") from error
     return Contents(pod, limits, data, bytes(identity.build), identity_at)
+
+
+def data(image: bytes) -> Mapping[str, slice]:
+    """Where objects of one build differ: by the name of each map that begins with it.
+
+    Raises:
+        InvalidObjectError: the bytes are no limiter.
+    """
+    limits_at, identity_at = _places(image)
+    return {
+        ".data.limits": slice(limits_at, limits_at + sizeof(LimitsData)),
+        ".rodata.identity": slice(identity_at, identity_at + sizeof(IdentityData)),
+    }
 
 
 def read_identity(identity: IdentityData) -> PodRef | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from ctypes import sizeof
 from dataclasses import dataclass
@@ -143,14 +143,19 @@ class Limiter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        missing = _PINS - set(os.listdir(folder))
+        self._place = str(folder)  # a node has hundreds, and a Path costs as much as opening a pin
+        names = set(os.listdir(folder))
+        if not names <= _OURS:
+            raise BrokenLimiterError("not made by bpfrl: look at it, and remove it")
+        missing = _PINS - names
         if missing:
             raise BrokenLimiterError(f"{min(missing)} is missing: {_REPEAT}")
         try:
             with self._open(_IDENTITY[0]) as pinned:
                 identity = libbpf.read(pinned, 0, IdentityData)
             pod = generator.read_identity(identity)
-            _ = self.limits
+            self._data = self.data
+            self._limits = law.decode(self._data)
             cgroups = {name: self._linked_cgroup(name) for name, _, _ in _PROGRAMS}
         except (KernelError, ValueError) as error:
             raise BrokenLimiterError(f"made by another version, or by something else ({error}): {_REPEAT}") from error
@@ -185,16 +190,12 @@ class Limiter:
         return law.decode(self.data)
 
     def status(self) -> Status:
-        """Everything that the pins say."""
+        """Everything that the pins say; the limits as they were when the folder was opened."""
         with self._open("counters") as counters:
-            egress, ingress = (
-                Counters.total(libbpf.read_per_cpu(counters, direction, CountersData))
-                for direction in (EGRESS, INGRESS)
-            )
-        attached_at = (self.folder / ("egress" + _LINK)).stat().st_mtime
-        data = self.data
-        limits, adopted = law.decode(data), bool(data.adopted)
-        return Status(self.pod, limits, egress, ingress, self.cgroup_id, attached_at, self.build, adopted)
+            egress, ingress = map(Counters.total, libbpf.read_per_cpu(counters, (EGRESS, INGRESS), CountersData))
+        attached_at = os.stat(f"{self._place}/egress{_LINK}").st_mtime
+        adopted = bool(self._data.adopted)
+        return Status(self.pod, self._limits, egress, ingress, self.cgroup_id, attached_at, self.build, adopted)
 
     def upgrade(self, image: bytes) -> None:
         """Put an object's programs in the place of the present ones, on the same maps.
@@ -204,7 +205,7 @@ class Limiter:
         """
         with ExitStack() as stack:
             kept = {symbol: stack.enter_context(self._open(name)) for name, symbol in _STATE_MAPS}
-            new = stack.enter_context(LoadedObject(image, reuse=kept, shape=_SHAPE))
+            new = stack.enter_context(_load(image, kept))
             programs = {name: new.program(function) for name, function, _ in _PROGRAMS}
             links = {name: stack.enter_context(self._open(name + _LINK)) for name in programs}
             for name, program in programs.items():
@@ -222,10 +223,31 @@ class Limiter:
             return libbpf.linked(link).cgroup_id
 
     def _open(self, name: str) -> Descriptor:
-        return libbpf.open_pinned(self.folder / name)
+        return libbpf.open_pinned(f"{self._place}/{name}")
 
 
-def install(image: bytes, path: Path, folder: Path, report: Callable[[Stage], None] = lambda _: None) -> None:
+def load(image: bytes, bpffs: Path) -> LoadedObject:
+    """Have the kernel take a limiter's object, for :func:`install`: what takes time, and changes nothing yet.
+
+    Raises:
+        InvalidObjectError: the object holds other programs or maps than a limiter's.
+        VerifierError: the kernel does not take its programs.
+        KernelError: it refused for another reason.
+    """
+    with ExitStack() as stack:
+        shared = sockets.shared(bpffs)
+        for descriptor in shared.values():
+            stack.enter_context(descriptor)
+        return _load(image, shared)
+
+
+def install(
+    image: bytes,
+    path: Path,
+    folder: Path,
+    report: Callable[[Stage], None] = lambda _: None,
+    loaded: LoadedObject | None = None,
+) -> None:
     """Attach a limiter's object to a cgroup and pin it as a folder, in the place of what is there.
 
     Args:
@@ -233,6 +255,7 @@ def install(image: bytes, path: Path, folder: Path, report: Callable[[Stage], No
         path: the cgroup.
         folder: the limiter's, in the bpffs.
         report: told of each stage.
+        loaded: the same object by :func:`load`, if that was called before.
 
     Raises:
         InvalidObjectError: the object holds other programs or maps than a limiter's.
@@ -248,7 +271,8 @@ def install(image: bytes, path: Path, folder: Path, report: Callable[[Stage], No
         shared = sockets.shared(folder.parent)
         for descriptor in shared.values():
             stack.enter_context(descriptor)
-        loaded = stack.enter_context(LoadedObject(image, reuse=shared, shape=_SHAPE))
+        if loaded is None or not _shares(loaded, shared):
+            loaded = stack.enter_context(_load(image, shared))
         log.info("loaded the programs for %s", path)
         report(Stage.LOADED)
         with ExitStack() as undo:
@@ -319,8 +343,9 @@ def others(path: Path, folder: Path) -> bool:
 def costs(folder: Path) -> dict[str, Cost]:
     """What each of a limiter's programs has cost, by its pin; one that cannot be looked at is left out."""
     found = {}
+    place = str(folder)
     for name, _, _ in _PROGRAMS:
-        with suppress(KernelError), libbpf.open_pinned(folder / name) as program:
+        with suppress(KernelError), libbpf.open_pinned(f"{place}/{name}") as program:
             found[name] = libbpf.cost(program)
     return found
 
@@ -333,6 +358,16 @@ def is_ours(folder: Path) -> bool:
 def leftovers(folder: Path) -> list[Path]:
     """What attaching or detaching this limiter has left behind when it was cut off."""
     return [path for mark in (STAGED, RETIRED) if libbpf.is_folder(path := folder.with_name(folder.name + mark))]
+
+
+def _load(image: bytes, reuse: Mapping[str, Descriptor]) -> LoadedObject:
+    """Have the kernel take a limiter's object."""
+    return LoadedObject(image, reuse, _SHAPE, data=generator.data(image))
+
+
+def _shares(loaded: LoadedObject, shared: Mapping[str, Descriptor]) -> bool:
+    """True for an object that has the node's map of what sockets carry: that may have come about meanwhile."""
+    return all(libbpf.is_same_map(loaded.map(name), descriptor) for name, descriptor in shared.items())
 
 
 def _stop_pacing(folder: Path) -> None:

@@ -341,7 +341,13 @@ class Kernel:
         for module in (cooperation, limiter, sockets):
             monkeypatch.setattr(module, "LoadedObject", self.load)
 
-    def load(self, image: bytes, reuse: dict[str, Thing] | None = None, shape: Shape | None = None) -> LoadedThings:
+    def load(
+        self,
+        image: bytes,
+        reuse: dict[str, Thing] | None = None,
+        shape: Shape | None = None,
+        **_: object,
+    ) -> LoadedThings:
         self._check("load")
         return LoadedThings(self, image, reuse or {}, shape)
 
@@ -349,9 +355,9 @@ class Kernel:
         """Something new."""
         return Thing(kind, next(self.numbers))
 
-    def open_pinned(self, path: Path) -> Thing:
+    def open_pinned(self, path: Path | str) -> Thing:
         try:
-            kind, number = path.read_text().split()
+            kind, number = Path(path).read_text().split()
         except (OSError, ValueError) as error:
             raise KernelError(f"cannot open {path}: played") from error
         return Thing(kind, int(number))
@@ -383,8 +389,8 @@ class Kernel:
             raise KernelError(f"a map has values of {len(value)} byte where {sizeof(kind)} were expected")
         return kind.from_buffer_copy(value)
 
-    def read_per_cpu(self, *_: object) -> list[CountersData]:
-        return [CountersData()]
+    def read_per_cpu(self, _: object, indices: tuple[int, ...], __: object) -> list[list[CountersData]]:
+        return [[CountersData()] for _ in indices]
 
     def write(self, array: Thing, _: int, value: Structure) -> None:
         self.values[array.identifier] = bytes(value)

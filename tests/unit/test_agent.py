@@ -8,7 +8,7 @@ import os
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -108,10 +108,11 @@ def plays(monkeypatch: pytest.MonkeyPatch) -> Plays:
     def play(pinned: Pinned | None) -> Installed:
         installed: Installed = []
         monkeypatch.setattr(module, "_open", lambda _: pinned)
+        monkeypatch.setattr(limiter, "load", lambda *_: nullcontext())
         monkeypatch.setattr(
             limiter,
             "install",
-            lambda image, path, folder, _: installed.append((image, path, folder)),
+            lambda image, path, folder, *_: installed.append((image, path, folder)),
         )
         return installed
 
