@@ -1,5 +1,5 @@
 # Everything runs as root: BPF programs are loaded, namespaces and cgroups are made.
-.PHONY: demo test lint bench bench-cluster install proto generated requirements
+.PHONY: demo test lint bench bench-cluster bench-node install proto generated requirements
 
 demo: install
 	.venv/bin/python -m bench.demo
@@ -24,6 +24,11 @@ bench-cluster: install
 		.venv/bin/python -m bench.converge --real && .venv/bin/python -m bench.chaos --rounds 20 --seed 2 --real; \
 	fi
 	.venv/bin/python -m bench.cluster_page
+
+# One node with 500 pods: calls a second, memory, what looking at them takes; and its section of docs/benchmarks.md.
+bench-node: install
+	.venv/bin/python -m bench.node
+	.venv/bin/python -m bench.run --report-only
 
 install:
 	@tools/install

@@ -346,7 +346,7 @@ class Cluster:
 
     def cpu(self) -> tuple[float, float]:
         """The CPU time that the master, and all nodes together, have used, s."""
-        return _cpu(self.master), sum(_cpu(node.daemon) for node in self.bed.nodes)
+        return cpu(self.master), sum(cpu(node.daemon) for node in self.bed.nodes)
 
     def _dealt(self, number: int) -> Node:
         return self.bed.nodes[number % len(self.bed.nodes)]
@@ -625,7 +625,8 @@ def pid(daemon: Daemon) -> int:
     return daemon.process.pid
 
 
-def _cpu(daemon: Daemon) -> float:
+def cpu(daemon: Daemon) -> float:
+    """The CPU time that the process has used, s."""
     # The command's name may hold spaces; behind its bracket, user and system time are the 12th and 13th.
     fields = Path(f"/proc/{pid(daemon)}/stat").read_text().rpartition(")")[2].split()
     return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
