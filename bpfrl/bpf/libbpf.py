@@ -18,6 +18,7 @@ import hashlib
 import os
 import re
 import struct
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -452,6 +453,7 @@ class _Ready(NamedTuple):
 _readied: Final[dict[bytes, _Ready]] = {}
 # Those of one version, and of one beside it.
 _MOST_READIED: Final = 8
+_READYING: Final = threading.Lock()
 
 
 def _ready(image: bytes, shape: Shape | None, data: Mapping[str, slice]) -> _Ready:
@@ -463,13 +465,13 @@ def _ready(image: bytes, shape: Shape | None, data: Mapping[str, slice]) -> _Rea
         start = at.stop
     common.update(image[start:])
     key = common.digest()
-    found = _readied.get(key)
-    if found is None:
-        found = _make_ready(image, shape)
-        while len(_readied) >= _MOST_READIED:
-            _readied.pop(next(iter(_readied)), None)
-        _readied[key] = found
-    return found
+    with _READYING:
+        if key not in _readied:
+            found = _make_ready(image, shape)
+            while len(_readied) >= _MOST_READIED:
+                del _readied[next(iter(_readied))]
+            _readied[key] = found
+        return _readied[key]
 
 
 def _make_ready(image: bytes, shape: Shape | None) -> _Ready:
