@@ -1,5 +1,5 @@
 # Everything runs as root: BPF programs are loaded, namespaces and cgroups are made.
-.PHONY: demo test fuzz lint hostile faults soak kernels bench bench-cluster bench-scale install proto generated requirements
+.PHONY: demo test fuzz lint hostile faults soak kernels bench bench-cluster bench-node bench-scale install proto generated requirements
 
 demo: install
 	.venv/bin/python -m bench.demo
@@ -40,13 +40,17 @@ bench-cluster: install
 bench-scale: install
 	.venv/bin/python -m bench.scale
 
+# One node with 500 pods: calls a second, memory, what looking at them takes; and its section of docs/benchmarks.md.
+bench-node: install
+	.venv/bin/python -m bench.node
+	.venv/bin/python -m bench.run --report-only
+
 # Everything that may go wrong, one after the other, within the times that docs/faults.md states: some 20 minutes.
 faults: install
 	.venv/bin/python -m bench.endure
 	BPFRL_EVERY_STEP=1 .venv/bin/pytest tests/kernel/test_steps.py
 
 # The same at random, for some time: make soak SECONDS=3600 SEED=7. What was done is in build/soak.log.
-SECONDS ?= 600
 SEED ?= 1
 soak: install
 	.venv/bin/python -m bench.soak --seconds $(SECONDS) --seed $(SEED)

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Final
 
-from bench import bucket, cni, overheads, sections, summary
+from bench import bucket, cni, node_page, overheads, sections, summary
 from bench.plots import Picture
 from bench.record import Results
 from bench.situations import NEAR, SPAN_PACKETS, SPANS
@@ -104,6 +104,7 @@ def write(results: Results, path: Path, pictures: Mapping[Picture, Path], scale:
         scale,
         _method(results),
         *sections.details(results),
+        *_carried(),
         _machine(results),
         _REPEAT,
     ]
@@ -116,6 +117,12 @@ def fill(results: Results, path: Path) -> None:
     before, begin, rest = path.read_text().partition(_BEGIN)
     _, end, after = rest.partition(_END)
     path.write_text(f"{before}{begin}\n{summary.spreads(results)}\n{end}{after}")
+
+
+def _carried() -> list[str]:
+    """What one node carries, if that was measured: it has figures of its own."""
+    found = node_page.load(node_page.FIGURES)
+    return [node_page.section(found)] if found else []
 
 
 def _shown(picture: Picture, place: Path, folder: Path) -> str:

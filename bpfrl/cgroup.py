@@ -26,6 +26,7 @@ import contextlib
 import errno
 import math
 import os
+import re
 import stat
 import time
 from collections.abc import Iterator
@@ -45,6 +46,8 @@ _POLL_SHARE: Final = 0.1
 _SHORTEST_POLL_SECONDS: Final = 0.002
 _LONGEST_POLL_SECONDS: Final = 0.1
 _SURVEY_SECONDS: Final = 0.5
+# As in /proc/net/sockstat and sockstat6.
+_TCP_SOCKETS: Final = re.compile(r"^TCP6?: inuse ([0-9]+)", re.MULTILINE)
 # What a process of another PID namespace is called.
 _ELSEWHERE: Final = "0"
 
@@ -204,10 +207,14 @@ def path_of(cgroup_id: int) -> Path | None:
         os.close(node)
 
 
-def open_network_namespaces(path: Path) -> list[int]:
+def open_network_namespaces(path: Path, *, with_tcp: bool = False) -> list[int]:
     """A descriptor for each network namespace that processes of a cgroup, and of those below it, are in.
 
     They are the caller's to close.
+
+    Args:
+        path: the cgroup.
+        with_tcp: leave out those that have no TCP sockets, as that of a pod that has just begun.
 
     Raises:
         PermissionDeniedError: some of the processes are hidden from this one.
@@ -225,12 +232,23 @@ def open_network_namespaces(path: Path) -> list[int]:
                     ) from error
                 except OSError:
                     continue
-                if found.setdefault(os.fstat(number).st_ino, number) == number:
+                if with_tcp and not _has_tcp(pid):
+                    os.close(number)
+                elif found.setdefault(os.fstat(number).st_ino, number) == number:
                     undo.callback(os.close, number)
                 else:
                     os.close(number)
         undo.pop_all()
     return list(found.values())
+
+
+def _has_tcp(pid: str) -> bool:
+    """False where a process's network namespace has no TCP sockets for certain."""
+    try:
+        tables = [Path(f"/proc/{pid}/net/{name}").read_text() for name in ("sockstat", "sockstat6")]
+    except OSError:  # it has just ended, or there is no IPv6
+        return True
+    return any(_TCP_SOCKETS.findall(table) != ["0"] for table in tables)
 
 
 def _processes(folder: Path) -> list[str]:

@@ -47,11 +47,14 @@ class LoadedApart:
         VerifierError: the kernel does not take its programs.
     """
 
-    def __init__(self, image: bytes, reuse: Mapping[str, Descriptor], shape: Shape) -> None:
+    def __init__(self, image: bytes, reuse: Mapping[str, Descriptor], shape: Shape, data: Mapping[str, slice]) -> None:
         with os.fdopen(os.memfd_create("bpfrl-object", os.MFD_CLOEXEC), "wb") as file:
             file.write(image)
             file.flush()
-            order = json.dumps({"reuse": [*reuse], "programs": shape.programs, "maps": shape.maps}).encode()
+            places = {name: (at.start, at.stop) for name, at in data.items()}
+            order = json.dumps(
+                {"reuse": [*reuse], "programs": shape.programs, "maps": shape.maps, "data": places}
+            ).encode()
             answer, numbers = _LOADER.ask(order, [file.fileno(), *(each.number for each in reuse.values())])
         with ExitStack() as stack:
             descriptors = [stack.enter_context(Descriptor(number)) for number in numbers]
@@ -201,7 +204,8 @@ def _answer(asked: socket.socket, order: dict[str, Any], numbers: list[int]) -> 
         with os.fdopen(content, "rb", closefd=False) as file:
             file.seek(0)
             image = file.read()
-        with LoadedObject(image, reuse, shape) as loaded:
+        data = {name: slice(*place) for name, place in order["data"].items()}
+        with LoadedObject(image, reuse, shape, data) as loaded:
             found = [*map(loaded.program, shape.programs), *map(loaded.map, shape.maps)]
             socket.send_fds(asked, [b'["", ""]'], [each.number for each in found])
     except BpfrlError as error:

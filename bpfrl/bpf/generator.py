@@ -20,6 +20,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from ctypes import Structure, sizeof
 from functools import cache
 from importlib import resources
@@ -152,6 +153,19 @@ def inspect(image: bytes) -> Contents:
     except (BpfrlError, UnicodeDecodeError) as error:
         raise InvalidObjectError(f"the object's limits or identity are damaged ({error}): generate it again") from error
     return Contents(pod, limits, data, build, places.identity)
+
+
+def data(image: bytes) -> Mapping[str, slice]:
+    """Where objects of one build differ: by the name of each map that begins with it.
+
+    Raises:
+        InvalidObjectError: the bytes are no limiter.
+    """
+    places, _ = _measured(image)
+    return {
+        ".data.limits": slice(places.limits, places.limits + sizeof(LimitsData)),
+        ".rodata.identity": slice(places.identity, places.identity + sizeof(IdentityData)),
+    }
 
 
 def read_identity(identity: IdentityData) -> PodRef | None:

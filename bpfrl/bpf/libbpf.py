@@ -1,7 +1,7 @@
 """The kernel's BPF interface, typed.
 
-bcc's library is linked with libbpf, and its symbols resolve through it: nothing else has to be installed, and
-nothing but this module imports bcc, which costs 70 MB of address space and a tenth of a second.
+Debian's bcc brings libbpf, which its own library is linked with. Loaded by itself it costs 2 MB; with bcc come LLVM
+and clang, which are 60 MB and a tenth of a second. Elsewhere bcc may have libbpf in itself: then it is taken there.
 
 What the kernel hands out is a :class:`Descriptor`, closed where its ``with`` ends; those of a :class:`LoadedObject`
 belong to it, and end with it. All functions
@@ -13,12 +13,16 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
+import hashlib
 import os
 import re
 import stat
 import struct
+import threading
+import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from ctypes import (
     POINTER,
@@ -43,6 +47,7 @@ from bpfrl.errors import BrokenLimiterError, InvalidObjectError, KernelError, Pe
 
 Data = TypeVar("Data", bound=Structure)
 
+_LIBRARY: Final = "libbpf.so.1"
 _LOG_BYTES: Final = 1 << 20
 _LOG_LINES: Final = 3
 _LOG_CHARACTERS: Final = 1000
@@ -54,7 +59,15 @@ _OBJECT_NAME: Final = b"bpfrl"
 # libbpf puts the object's name before the names of some sections' maps.
 _SECTION_MAP: Final = re.compile(rf"{_OBJECT_NAME.decode()}(?=\.)")
 _READ_BYTES: Final = 1 << 16
-_INSTRUCTION_BYTES: Final = 8
+# struct bpf_insn (linux/bpf.h): what to do, two registers, an offset, and a number.
+_INSTRUCTION: Final = struct.Struct("=BBhi")
+_INSTRUCTION_BYTES: Final = _INSTRUCTION.size
+_IMMEDIATE: Final = struct.Struct("=i")
+_IMMEDIATE_AT: Final = 4
+# Loading 64 bits, which are a map or lie in one: BPF_PSEUDO_MAP_FD, BPF_PSEUDO_MAP_VALUE.
+_LOAD_IMMEDIATE: Final = 0x18
+_OF_A_MAP: Final = (1, 2)
+_SOURCE_SHIFT: Final = 4
 _LICENSE: Final = b"Dual BSD/GPL"
 # linux/btf.h: a header, one type, which is a signed integer of 32 bits, and its name.
 _BTF_OF_INT: Final = struct.pack("=HBBIIIII", 0xEB9F, 1, 0, 24, 0, 16, 16, 5) + struct.pack(
@@ -68,6 +81,7 @@ _ALLOW_OVERRIDE: Final = 1
 _ALLOW_MULTI: Final = 2
 # The kernel lets 64 programs attach to one cgroup (BPF_CGROUP_MAX_PROGS); the levels above add theirs.
 _QUERY_PROGRAMS: Final = 1024
+_READ_ONLY_TO_PROGRAMS: Final = 1 << 7
 
 
 class AttachType(IntEnum):
@@ -196,6 +210,13 @@ class _MapInfo(Structure):
         ("id", c_uint32),
         ("key_size", c_uint32),
         ("value_size", c_uint32),
+        ("_entries_and_flags", c_uint32 * 2),
+        ("_name", c_char * 16),
+        ("_device", c_uint32 * 2),
+        ("_namespace", c_uint64 * 2),
+        ("btf_id", c_uint32),
+        ("btf_key_type_id", c_uint32),
+        ("btf_value_type_id", c_uint32),
     )
 
 
@@ -228,15 +249,15 @@ _PROTOTYPES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "bpf_object__open_mem": (c_void_p, (c_char_p, c_size_t, POINTER(_OpenOptions))),
     "bpf_object__load": (c_int, (c_void_p,)),
     "bpf_object__close": (None, (c_void_p,)),
-    "bpf_object__find_program_by_name": (c_void_p, (c_void_p, c_char_p)),
-    "bpf_object__find_map_by_name": (c_void_p, (c_void_p, c_char_p)),
     "bpf_object__next_program": (c_void_p, (c_void_p, c_void_p)),
     "bpf_object__next_map": (c_void_p, (c_void_p, c_void_p)),
     "bpf_program__name": (c_char_p, (c_void_p,)),
     "bpf_program__type": (c_int, (c_void_p,)),
     "bpf_program__expected_attach_type": (c_int, (c_void_p,)),
     "bpf_program__autoload": (c_bool, (c_void_p,)),
-    "bpf_program__fd": (c_int, (c_void_p,)),
+    "bpf_program__section_name": (c_char_p, (c_void_p,)),
+    "bpf_program__insns": (c_void_p, (c_void_p,)),
+    "bpf_program__insn_cnt": (c_size_t, (c_void_p,)),
     "bpf_map__name": (c_char_p, (c_void_p,)),
     "bpf_map__type": (c_int, (c_void_p,)),
     "bpf_map__key_size": (c_uint32, (c_void_p,)),
@@ -245,7 +266,10 @@ _PROTOTYPES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "bpf_map__map_flags": (c_uint32, (c_void_p,)),
     "bpf_map__pin_path": (c_char_p, (c_void_p,)),
     "bpf_map__fd": (c_int, (c_void_p,)),
-    "bpf_map__reuse_fd": (c_int, (c_void_p, c_int)),
+    "bpf_map__is_internal": (c_bool, (c_void_p,)),
+    "bpf_map_freeze": (c_int, (c_int,)),
+    "bpf_btf_get_fd_by_id": (c_int, (c_uint32,)),
+    "bpf_prog_bind_map": (c_int, (c_int, c_int, c_void_p)),
     "bpf_obj_pin": (c_int, (c_int, c_char_p)),
     "bpf_obj_get": (c_int, (c_char_p,)),
     "bpf_obj_get_info_by_fd": (c_int, (c_int, c_void_p, POINTER(c_uint32))),
@@ -263,6 +287,8 @@ _PROTOTYPES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
 class Descriptor:
     """A file descriptor of a BPF object, closed when its context ends."""
 
+    __slots__ = ("number",)
+
     def __init__(self, number: int) -> None:
         self.number = number
 
@@ -272,6 +298,10 @@ class Descriptor:
     def __exit__(self, *_: object) -> None:
         os.close(self.number)
 
+    def again(self) -> Descriptor:
+        """Another one of the same, to be closed for itself."""
+        return Descriptor(fcntl.fcntl(self.number, fcntl.F_DUPFD_CLOEXEC))
+
     def pin(self, path: Path) -> None:
         """Give the object a name in a bpffs; it lives at least as long as that."""
         _check(_lib().bpf_obj_pin(self.number, os.fsencode(path)), f"pin {path}")
@@ -280,55 +310,242 @@ class Descriptor:
 class LoadedObject:
     """The programs and maps of an object in the kernel, until its context ends or something pins them."""
 
-    def __init__(self, image: bytes, reuse: Mapping[str, Descriptor] | None = None, shape: Shape | None = None) -> None:
-        """Load every program and make every map but those in ``reuse``, which are taken instead.
+    def __init__(
+        self,
+        image: bytes,
+        reuse: Mapping[str, Descriptor] | None = None,
+        shape: Shape | None = None,
+        data: Mapping[str, slice] | None = None,
+        programs: Collection[str] | None = None,
+    ) -> None:
+        """Load programs, and make every map but those in ``reuse``, which are taken instead.
 
         Args:
             image: the object.
             reuse: maps that are there already, by name.
             shape: what it must hold, no less and no more, if that is not known for certain.
+            data: where the object has the contents of maps in which it differs from others that are the same else.
+            programs: which of them to load; None: all.
 
         Raises:
             InvalidObjectError: it is damaged, or does not have that shape; nothing of it has gone to the kernel.
             VerifierError: the kernel does not take its programs.
         """
-        lib = _lib()
-        log = ctypes.create_string_buffer(_LOG_BYTES)
-        options = _OpenOptions(object_name=_OBJECT_NAME, kernel_log_buf=ctypes.addressof(log), kernel_log_size=len(log))
-        options.sz = ctypes.sizeof(options)
-        with ExitStack() as undo:
-            self._object = lib.bpf_object__open_mem(image, len(image), byref(options))
-            if not self._object:
-                raise InvalidObjectError(f"libbpf cannot open the object: {_reason(ctypes.get_errno())}")
-            undo.callback(lib.bpf_object__close, self._object)
-            if shape:
-                _compare(self._object, shape)
-            for name, descriptor in (reuse or {}).items():
-                handle = lib.bpf_object__find_map_by_name(self._object, name.encode())
-                _check(lib.bpf_map__reuse_fd(handle, descriptor.number) if handle else -1, f"keep the map {name}")
-            if lib.bpf_object__load(self._object) < 0:
-                number, verdict = ctypes.get_errno(), _last_lines(log.value.decode(errors="replace"))
-                if shape and not verdict and (number == errno.EINVAL or number >= _LIBBPF_ERRNO):
-                    # An object that is known for certain may be beyond this kernel; any other is more likely damaged.
-                    raise InvalidObjectError(f"libbpf cannot load the object: {_reason(number)}")
-                _refused(verdict)
-            undo.pop_all()
+        reuse, data = reuse or {}, data or {}
+        ready = _ready(image, shape, data)
+        if missing := reuse.keys() - ready.maps.keys():
+            raise KernelError(f"cannot keep the map {min(missing)}: the object has none")
+        contents = {name: image[place] for name, place in data.items()}
+        with ExitStack() as stack:
+            self._maps = {
+                name: stack.enter_context(
+                    reuse[name].again() if name in reuse else plan.make(contents.get(name, plan.content))
+                )
+                for name, plan in ready.maps.items()
+            }
+            self._programs = {
+                name: stack.enter_context(plan.load(self._maps))
+                for name, plan in ready.programs.items()
+                if programs is None or name in programs
+            }
+            for name, plan in ready.maps.items():
+                if plan.is_constant:
+                    self._bind(name)
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        _lib().bpf_object__close(self._object)
+        self._stack.close()
 
     def program(self, name: str) -> Descriptor:
         """A program, by its function's name; the descriptor belongs to the object."""
-        handle = _lib().bpf_object__find_program_by_name(self._object, name.encode())
-        return Descriptor(_check(_lib().bpf_program__fd(handle) if handle else -1, f"find the program {name}"))
+        if name not in self._programs:
+            raise KernelError(f"cannot find the program {name}")
+        return self._programs[name]
 
     def map(self, name: str) -> Descriptor:
         """A map, by its name or its section's; the descriptor belongs to the object."""
-        handle = _lib().bpf_object__find_map_by_name(self._object, name.encode())
-        return Descriptor(_check(_lib().bpf_map__fd(handle) if handle else -1, f"find the map {name}"))
+        if name not in self._maps:
+            raise KernelError(f"cannot find the map {name}")
+        return self._maps[name]
+
+    def _bind(self, name: str) -> None:
+        """Have every program tell whose it is, also those that do not read it."""
+        for program in self._programs.values():
+            _check(_lib().bpf_prog_bind_map(program.number, self._maps[name].number, None), f"bind {name}")
+
+
+class _Program(NamedTuple):
+    """A program as this kernel wants it.
+
+    Attributes:
+        name: its function's.
+        kind: its type.
+        attach: where it goes.
+        iterates: what it goes over, by the number of that in the kernel's types; 0: nothing.
+        instructions: struct bpf_insn (linux/bpf.h), one after the other.
+        maps: at which offsets in there a map's descriptor belongs, and which map's.
+    """
+
+    name: str
+    kind: int
+    attach: int
+    iterates: int
+    instructions: bytes
+    maps: Sequence[tuple[int, str]]
+
+    def load(self, maps: Mapping[str, Descriptor]) -> Descriptor:
+        """Have the kernel take it, with these maps."""
+        instructions = bytearray(self.instructions)
+        for place, name in self.maps:
+            _IMMEDIATE.pack_into(instructions, place + _IMMEDIATE_AT, maps[name].number)
+        options = _ProgramOptions(expected_attach_type=self.attach, attach_btf_id=self.iterates)
+        return _load(self.name, self.kind, bytes(instructions), options)
+
+
+class _Types:
+    """The types of maps' keys and values in the kernel, as long as anyone makes maps with them."""
+
+    def __init__(self, number: int) -> None:
+        self.number = _check(_lib().bpf_btf_get_fd_by_id(number), "look at a map's types")
+        weakref.finalize(self, os.close, self.number).atexit = False
+
+
+class _Map(NamedTuple):
+    """A map as it is made.
+
+    Attributes:
+        name: the kernel's name for it.
+        shape: what it is made as.
+        types: the types of its keys and values: the object that has them, if any, and their numbers in it.
+        content: what it begins with; empty: zeros.
+        is_constant: nobody may change it.
+    """
+
+    name: str
+    shape: MapShape
+    types: tuple[_Types | None, int, int]
+    content: bytes
+    is_constant: bool
+
+    def make(self, content: bytes) -> Descriptor:
+        """Make it, with some content in the place of its own."""
+        types, key, value = self.types
+        options = _MapOptions(map_flags=self.shape.flags, btf_key_type_id=key, btf_value_type_id=value)
+        options.btf_fd = types.number if types else 0
+        made = _make_map(self.name, self.shape, options)
+        with ExitStack() as undo:
+            undo.enter_context(made)
+            if content:
+                written = _lib().bpf_map_update_elem(made.number, byref(c_uint32(0)), content, 0)
+                _check(written, f"fill {self.name}")
+            if self.is_constant:
+                _check(_lib().bpf_map_freeze(made.number), f"freeze {self.name}")
+            undo.pop_all()
+        return made
+
+
+class _Ready(NamedTuple):
+    """An object as libbpf has made it ready for this kernel: by name, its programs and its maps."""
+
+    programs: Mapping[str, _Program]
+    maps: Mapping[str, _Map]
+
+
+# By the digest of what objects have in common. libbpf takes tens of milliseconds, and as many megabytes, to find the
+# places of a few fields in the kernel's types, each time anew; and pods' objects differ by nothing but their data.
+_readied: Final[dict[bytes, _Ready]] = {}
+# Those of one version, and of one beside it.
+_MOST_READIED: Final = 8
+_READYING: Final = threading.Lock()
+
+
+def _ready(image: bytes, shape: Shape | None, data: Mapping[str, slice]) -> _Ready:
+    """Have libbpf make an object ready, unless it has done so with one that differs by nothing but its data."""
+    common = hashlib.sha256(repr((shape, sorted((name, at.start, at.stop) for name, at in data.items()))).encode())
+    start = 0
+    for at in sorted(data.values(), key=lambda each: each.start):
+        common.update(image[start : at.start])
+        start = at.stop
+    common.update(image[start:])
+    key = common.digest()
+    with _READYING:
+        if key not in _readied:
+            found = _make_ready(image, shape)
+            while len(_readied) >= _MOST_READIED:
+                del _readied[next(iter(_readied))]
+            _readied[key] = found
+        return _readied[key]
+
+
+def _make_ready(image: bytes, shape: Shape | None) -> _Ready:
+    """Open an object, load it once, and see what libbpf has made of it."""
+    lib = _lib()
+    log = ctypes.create_string_buffer(_LOG_BYTES)
+    options = _OpenOptions(object_name=_OBJECT_NAME, kernel_log_buf=ctypes.addressof(log), kernel_log_size=len(log))
+    options.sz = ctypes.sizeof(options)
+    opened = lib.bpf_object__open_mem(image, len(image), byref(options))
+    if not opened:
+        raise InvalidObjectError(f"libbpf cannot open the object: {_reason(ctypes.get_errno())}")
+    try:
+        if shape:
+            _compare(opened, shape)
+        if lib.bpf_object__load(opened) < 0:
+            number, verdict = ctypes.get_errno(), _last_lines(log.value.decode(errors="replace"))
+            if shape and not verdict and (number == errno.EINVAL or number >= _LIBBPF_ERRNO):
+                # An object that is known for certain may be beyond this kernel; any other is more likely damaged.
+                raise InvalidObjectError(f"libbpf cannot load the object: {_reason(number)}")
+            _refused(verdict)
+        types = cache(_Types)  # an object's maps have them in common
+        maps = {handle: _map_of(handle, types) for handle in _each(lib.bpf_object__next_map, opened)}
+        names = {lib.bpf_map__fd(handle): name for handle, (name, _) in maps.items()}
+        programs = [_program_of(handle, names) for handle in _each(lib.bpf_object__next_program, opened)]
+    finally:
+        lib.bpf_object__close(opened)
+    return _Ready({program.name: program for program in programs}, dict(maps.values()))
+
+
+def _each(following: Callable[[int, int | None], int | None], opened: int) -> Iterator[int]:
+    handle = None
+    while handle := following(opened, handle):
+        yield handle
+
+
+def _program_of(handle: int, names: Mapping[int, str]) -> _Program:
+    """A program that libbpf has loaded."""
+    lib = _lib()
+    code = ctypes.string_at(lib.bpf_program__insns(handle), lib.bpf_program__insn_cnt(handle) * _INSTRUCTION_BYTES)
+    maps = []
+    places = iter(range(0, len(code), _INSTRUCTION_BYTES))
+    for place in places:
+        operation, registers, _, value = _INSTRUCTION.unpack_from(code, place)
+        if operation == _LOAD_IMMEDIATE:
+            next(places, None)  # its second half
+            if registers >> _SOURCE_SHIFT in _OF_A_MAP:
+                maps.append((place, names[value]))
+    attach = lib.bpf_program__expected_attach_type(handle)
+    over = lib.bpf_program__section_name(handle).decode().partition("/")[2]
+    iterates = _find_iterator(over) if attach == AttachType.TRACE_ITER else 0
+    return _Program(lib.bpf_program__name(handle).decode(), lib.bpf_program__type(handle), attach, iterates, code, maps)
+
+
+def _map_of(handle: int, types: Callable[[int], _Types]) -> tuple[str, _Map]:
+    """A map that libbpf has made, and what the object calls it."""
+    lib = _lib()
+    name = lib.bpf_map__name(handle).decode()
+    shape = _shape_of(handle)
+    number = lib.bpf_map__fd(handle)
+    info = _info(Descriptor(number), _MapInfo)
+    content = b""
+    if lib.bpf_map__is_internal(handle) and shape.value_size:
+        value = (c_uint8 * shape.value_size)()
+        _check(lib.bpf_map_lookup_elem(number, byref(c_uint32(0)), byref(value)), "read a map")
+        content = bytes(value) if any(value) else b""
+    constant = bool(shape.flags & _READ_ONLY_TO_PROGRAMS)
+    known = (types(info.btf_id) if info.btf_id else None, info.btf_key_type_id, info.btf_value_type_id)
+    return _SECTION_MAP.sub("", name), _Map(name, shape, known, content, constant)
 
 
 def version() -> str:
@@ -353,32 +570,20 @@ def load(
         VerifierError: the kernel does not take it.
         KernelError: the kernel has no such iterator.
     """
-    log = ctypes.create_string_buffer(_LOG_BYTES)
-    options = _ProgramOptions(expected_attach_type=attach or 0, log_size=len(log), log_buf=ctypes.addressof(log))
-    options.sz = ctypes.sizeof(options)
-    if iterates:
-        number = _lib().libbpf_find_vmlinux_btf_id(iterates.encode(), AttachType.TRACE_ITER)
-        options.attach_btf_id = _check(number, f"find the iterator over {iterates}")
-    count = len(instructions) // _INSTRUCTION_BYTES
-    number = _lib().bpf_prog_load(kind, name.encode(), _LICENSE, instructions, count, byref(options))
-    if number < 0:
-        _refused(_last_lines(log.value.decode(errors="replace")))
-    return Descriptor(number)
+    options = _ProgramOptions(expected_attach_type=attach or 0)
+    options.attach_btf_id = _find_iterator(iterates) if iterates else 0
+    return _load(name, kind, instructions, options)
 
 
 def make_map(name: str, shape: MapShape) -> Descriptor:
     """Make a map whose keys and values, if it is one that wants to know, are integers."""
     options = _MapOptions(map_flags=shape.flags)
-    options.sz = ctypes.sizeof(options)
     with ExitStack() as stack:
         if shape.kind == MapType.SK_STORAGE:
             described = _check(_lib().bpf_btf_load(_BTF_OF_INT, len(_BTF_OF_INT), None), "load types")
             stack.enter_context(Descriptor(described))
             options.btf_fd, options.btf_key_type_id, options.btf_value_type_id = described, 1, 1
-        sizes = (shape.key_size, shape.value_size, shape.entries)
-        return Descriptor(
-            _check(_lib().bpf_map_create(shape.kind, name.encode(), *sizes, byref(options)), "make a map")
-        )
+        return _make_map(name, shape, options)
 
 
 def is_folder(path: Path) -> bool:
@@ -417,10 +622,10 @@ def _is_safe(folder: os.stat_result) -> bool:
     return folder.st_uid in (0, os.geteuid())
 
 
-def open_pinned(path: Path) -> Descriptor:
+def open_pinned(path: Path | str) -> Descriptor:
     """Open a pinned program, map or link."""
     number = _lib().bpf_obj_get(os.fsencode(path))
-    if number < 0 and ctypes.get_errno() == errno.EACCES and path.is_dir():
+    if number < 0 and ctypes.get_errno() == errno.EACCES and Path(path).is_dir():
         # Not for want of privileges: whoever makes folders here must not stop what looks at all pins.
         raise KernelError(f"cannot open {path}: it is a folder")
     return Descriptor(_check(number, f"open {path}"))
@@ -545,12 +750,14 @@ def read(array: Descriptor, index: int, kind: type[Data]) -> Data:
     return value
 
 
-def read_per_cpu(array: Descriptor, index: int, kind: type[Data]) -> list[Data]:
-    """The values at an index of a per-CPU array map, one for each possible CPU."""
-    values = (kind * _check(_lib().libbpf_num_possible_cpus(), "count the CPUs"))()
+def read_per_cpu(array: Descriptor, indices: Sequence[int], kind: type[Data]) -> list[list[Data]]:
+    """The values at some indices of a per-CPU array map, of each one for each possible CPU."""
+    lib = _lib()
     _expect(array, MapType.PERCPU_ARRAY, ctypes.sizeof(kind))
-    _check(_lib().bpf_map_lookup_elem(array.number, byref(c_uint32(index)), byref(values)), "read a map")
-    return list(values)
+    values = [(kind * _check(lib.libbpf_num_possible_cpus(), "count the CPUs"))() for _ in indices]
+    for index, found in zip(indices, values, strict=True):
+        _check(lib.bpf_map_lookup_elem(array.number, byref(c_uint32(index)), byref(found)), "read a map")
+    return [list(found) for found in values]
 
 
 def write(array: Descriptor, index: int, value: Structure) -> None:
@@ -565,6 +772,11 @@ def has_shape(descriptor: Descriptor, shape: MapShape) -> bool:
     return (info.type, info.key_size, info.value_size) == (shape.kind, shape.key_size, shape.value_size)
 
 
+def is_same_map(one: Descriptor, other: Descriptor) -> bool:
+    """True for two descriptors of one map."""
+    return bool(_info(one, _MapInfo).id == _info(other, _MapInfo).id)
+
+
 def iterate(program: Descriptor) -> None:
     """Run an iterator program over everything that the calling thread's network namespace has."""
     with Descriptor(_check(_lib().bpf_link_create(program.number, 0, AttachType.TRACE_ITER, None), "iterate")) as link:
@@ -572,6 +784,32 @@ def iterate(program: Descriptor) -> None:
     with Descriptor(number):
         while os.read(number, _READ_BYTES):
             pass
+
+
+def _load(name: str, kind: int, instructions: bytes, options: _ProgramOptions) -> Descriptor:
+    """Have the kernel take a program, and ask it why only where it does not."""
+    options.sz = ctypes.sizeof(options)
+    what = (kind, name.encode(), _LICENSE, instructions, len(instructions) // _INSTRUCTION_BYTES)
+    number = _lib().bpf_prog_load(*what, byref(options))
+    if number < 0:
+        log = ctypes.create_string_buffer(_LOG_BYTES)
+        options.log_size, options.log_buf = len(log), ctypes.addressof(log)
+        number = _lib().bpf_prog_load(*what, byref(options))
+        if number < 0:
+            _refused(_last_lines(log.value.decode(errors="replace")))
+    return Descriptor(number)
+
+
+def _make_map(name: str, shape: MapShape, options: _MapOptions) -> Descriptor:
+    options.sz = ctypes.sizeof(options)
+    sizes = (shape.key_size, shape.value_size, shape.entries)
+    return Descriptor(_check(_lib().bpf_map_create(shape.kind, name.encode(), *sizes, byref(options)), "make a map"))
+
+
+@cache  # libbpf reads all of the kernel's types for it
+def _find_iterator(over: str) -> int:
+    number = _lib().libbpf_find_vmlinux_btf_id(over.encode(), AttachType.TRACE_ITER)
+    return _check(number, f"find the iterator over {over}")
 
 
 def _kind(number: int) -> str:
@@ -590,8 +828,9 @@ def _expect(array: Descriptor, kind: int, value_size: int) -> None:
 
 def _info(descriptor: Descriptor, kind: type[Data]) -> Data:
     info = kind()
-    size = c_uint32(ctypes.sizeof(info))
-    _check(_lib().bpf_obj_get_info_by_fd(descriptor.number, byref(info), byref(size)), "look at a pin")
+    size = c_uint32(ctypes.sizeof(kind))
+    if _lib().bpf_obj_get_info_by_fd(descriptor.number, byref(info), byref(size)) < 0:
+        _fail("look at a pin")
     return info
 
 
@@ -639,24 +878,28 @@ def _contents(opened: int) -> tuple[list[tuple[str, tuple[int, int]]], list[tupl
     """Programs that would be loaded and maps of an object that is open, and which maps want to be pinned somewhere."""
     lib = _lib()
     programs, maps, pinned = [], [], set()
-    handle = None
-    while handle := lib.bpf_object__next_program(opened, handle):
+    for handle in _each(lib.bpf_object__next_program, opened):
         name = lib.bpf_program__name(handle).decode(errors="replace")
         if lib.bpf_program__autoload(handle):
             programs.append((name, (lib.bpf_program__type(handle), lib.bpf_program__expected_attach_type(handle))))
-    while handle := lib.bpf_object__next_map(opened, handle):
+    for handle in _each(lib.bpf_object__next_map, opened):
         name = _SECTION_MAP.sub("", lib.bpf_map__name(handle).decode(errors="replace"))
-        shape = MapShape(
-            lib.bpf_map__type(handle),
-            lib.bpf_map__key_size(handle),
-            lib.bpf_map__value_size(handle),
-            lib.bpf_map__max_entries(handle),
-            lib.bpf_map__map_flags(handle),
-        )
-        maps.append((name, shape))
+        maps.append((name, _shape_of(handle)))
         if lib.bpf_map__pin_path(handle):
             pinned.add(name)
     return programs, maps, pinned
+
+
+def _shape_of(handle: int) -> MapShape:
+    """What libbpf makes a map as."""
+    lib = _lib()
+    return MapShape(
+        lib.bpf_map__type(handle),
+        lib.bpf_map__key_size(handle),
+        lib.bpf_map__value_size(handle),
+        lib.bpf_map__max_entries(handle),
+        lib.bpf_map__map_flags(handle),
+    )
 
 
 def _last_lines(log: str) -> str:
@@ -672,15 +915,22 @@ def _printable(text: str) -> str:
 
 @cache
 def _lib() -> Any:
-    try:
-        from bcc import lib  # noqa: PLC0415
-    except ImportError as error:
-        raise KernelError(
-            "python3-bpfcc is missing: apt-get install python3-bpfcc, and make the virtual environment"
-            " with /usr/bin/python3 -m venv --system-site-packages"
-        ) from error
+    lib = _library()
     for name, (result, arguments) in _PROTOTYPES.items():
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
     lib.libbpf_set_print(None)  # the reasons come back in errno and the log
+    return lib
+
+
+def _library() -> Any:
+    with suppress(OSError):
+        return ctypes.CDLL(_LIBRARY, use_errno=True)
+    try:
+        from bcc import lib  # noqa: PLC0415
+    except ImportError as error:
+        raise KernelError(
+            "libbpf is missing: apt-get install python3-bpfcc, and make the virtual environment"
+            " with /usr/bin/python3 -m venv --system-site-packages"
+        ) from error
     return lib

@@ -218,6 +218,7 @@ static __always_inline int judge(struct __sk_buff *skb, enum bpfrl_direction dir
 	__u32 key = direction;
 	struct bpfrl_counters *counter = bpf_map_lookup_elem(&counters, &key);
 
+	packet.segments = forget(packet.segments);
 	if (!counter)	/* cannot be: the key is within the map */
 		return PASS;
 	if (limit->rate_bits) {
@@ -225,7 +226,7 @@ static __always_inline int judge(struct __sk_buff *skb, enum bpfrl_direction dir
 		__s64 backlog = backlog_at(clock, limit, now);
 		bool unpaced, bulk = packet.bytes > SHORT_PACKET;
 
-		backlog = cap_credit(clock, limit, now, backlog);
+		backlog = forget(cap_credit(clock, limit, now, backlog));
 		if (direction == BPFRL_EGRESS && packet.protocol == IPPROTO_TCP &&
 		    is_unpaced_burst(skb, limit, backlog, packet.segments))
 			return EGRESS_REFUSE;
@@ -366,12 +367,12 @@ static __always_inline bool is_ahead(struct bpf_sock_ops *ops, struct bpfrl_sock
 	if (unlikely(!tat)) {
 		/* New, or there before its limiter. Ever new ones are no way around
 		 * a share: the more the pod is behind, the nearer to its end each begins. */
-		tat = now + max(min(behind, SHARE_LEAD_NS), 0);
+		tat = now + max(forget(min(behind, SHARE_LEAD_NS)), 0);
 		gained = 0;
 	}
 	tat = max((__s64)(tat - now), -SHARE_CREDIT_NS) + now;
 	tat += gained * NSEC_PER_SEC / payload_rate(share);
-	tat = min((__s64)(tat - now), 2 * SHARE_LEAD_NS) + now;
+	tat = forget(min((__s64)(tat - now), 2 * SHARE_LEAD_NS) + now);
 	socket->share_tat = tat;
 	return (__s64)(tat - now) > SHARE_LEAD_NS;
 }
@@ -415,7 +416,8 @@ static __always_inline void open_window(struct bpf_sock_ops *ops, struct bpfrl_s
 	__u64 steady = steady_rate(clock, limit, backlog, now);
 	__u64 fair = rtt_us < CWND_NEAR_US ? fair_rate(limit, backlog) : steady;
 	__s64 behind = backlog - limit->share_ns;
-	bool ahead = is_ahead(ops, socket, limit, READ_ONCE(clock->mean_backlog), behind, now);
+	bool ahead = forget(is_ahead(ops, socket, limit, READ_ONCE(clock->mean_backlog), behind,
+				     now));
 	__u64 window = fair * (rtt_us + RTT_SLACK_US) / USEC_PER_SEC;
 	struct tcp_sock *tcp = tcp_of(ops);
 	__u32 current, value;
@@ -433,7 +435,7 @@ static __always_inline void open_window(struct bpf_sock_ops *ops, struct bpfrl_s
 		bpf_reserve_hdr_opt(ops, PAUSE_OPTION_BYTES, 0);
 		return;
 	}
-	value = min(min(max(window, least), WINDOW_CEILING), socket->own_window);
+	value = min(min(forget(max(window, least)), WINDOW_CEILING), socket->own_window);
 	if (value > current + current / WINDOW_STEP || value < current - current / WINDOW_STEP)
 		set_window(ops, socket, value);
 }
@@ -469,16 +471,23 @@ static __always_inline void choose_window_scale(struct bpf_sock_ops *ops)
  * nothing has come since the last: its window says what that one's said. */
 static __always_inline bool is_received_on(struct bpf_sock_ops *ops, struct bpfrl_socket *socket)
 {
-	if (ops->op != BPF_SOCK_OPS_HDR_OPT_LEN_CB)	/* skb_len is that of what has come */
-		return ops->op != BPF_SOCK_OPS_TCP_CONNECT_CB;
+	if (READ_ONCE(ops->op) != BPF_SOCK_OPS_HDR_OPT_LEN_CB)	/* skb_len is that of what has come */
+		return READ_ONCE(ops->op) != BPF_SOCK_OPS_TCP_CONNECT_CB;
 	return !ops->skb_len || ops->bytes_received != socket->received;
+}
+
+/* Read each time: carried along, the answer would be one way more for the verifier through
+ * all that comes before it is asked for again. One that changes meanwhile is put right by
+ * the next call. */
+static __always_inline bool is_limited(enum bpfrl_direction direction)
+{
+	return READ_ONCE(limits.direction[direction].rate_bits);
 }
 
 SEC("sockops")
 int bpfrl_sockops(struct bpf_sock_ops *ops)
 {
 	struct bpfrl_socket *socket;
-	bool sends, receives;
 
 	/* By far most calls come from the kernel's asking for the MSS only. */
 	if (likely(ops->op == BPF_SOCK_OPS_HDR_OPT_LEN_CB)) {
@@ -489,21 +498,19 @@ int bpfrl_sockops(struct bpf_sock_ops *ops)
 		return 1;
 	}
 
-	sends = limits.direction[BPFRL_EGRESS].rate_bits;
-	receives = limits.direction[BPFRL_INGRESS].rate_bits;
 	switch (ops->op) {
 	case BPF_SOCK_OPS_HDR_OPT_LEN_CB:
 		break;
 	case BPF_SOCK_OPS_RWND_INIT:
-		if (receives)
+		if (is_limited(BPFRL_INGRESS))
 			ops->reply = INITIAL_WINDOW;
 		return 1;
 	case BPF_SOCK_OPS_TCP_LISTEN_CB:
-		if (receives)
+		if (is_limited(BPFRL_INGRESS))
 			choose_window_scale(ops);
 		return 1;
 	case BPF_SOCK_OPS_TCP_CONNECT_CB:
-		if (receives)
+		if (is_limited(BPFRL_INGRESS))
 			choose_window_scale(ops);
 		/* fallthrough */
 	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
@@ -516,16 +523,16 @@ int bpfrl_sockops(struct bpf_sock_ops *ops)
 		return 1;
 	}
 
-	socket = sends || receives ? enlist(ops) : socket_of(ops, 0);
+	socket = is_limited(BPFRL_EGRESS) || is_limited(BPFRL_INGRESS) ? enlist(ops) : socket_of(ops, 0);
 	if (!socket)
 		return 1;
-	if (!sends)
+	if (!is_limited(BPFRL_EGRESS))
 		let_go(ops, socket);
-	else if (ops->op != BPF_SOCK_OPS_HDR_OPT_LEN_CB)
+	else if (READ_ONCE(ops->op) != BPF_SOCK_OPS_HDR_OPT_LEN_CB)
 		pace_connection(ops, socket);
 	else if (ops->skb_len)
 		pace_segment(ops, socket);
-	if (!receives)
+	if (!is_limited(BPFRL_INGRESS))
 		release_receiver(ops, socket);
 	else if (is_received_on(ops, socket))
 		open_window(ops, socket);

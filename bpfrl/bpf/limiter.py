@@ -148,6 +148,9 @@ class Limiter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._place = str(folder)  # a node has hundreds, and a Path costs as much as opening a pin
+        if not is_ours(folder):
+            raise BrokenLimiterError("not made by bpfrl: look at it, and remove it")
         missing = _PINS - set(os.listdir(folder))
         if missing:
             raise BrokenLimiterError(f"{min(missing)} is missing: {_REPEAT}")
@@ -155,7 +158,8 @@ class Limiter:
             with self._open(_IDENTITY[0]) as pinned:
                 identity = libbpf.read(pinned, 0, IdentityData)
             pod = generator.read_identity(identity)
-            _ = self.limits
+            self._data = self.data
+            self._limits = law.decode(self._data)
             cgroups = {name: self._linked_cgroup(name) for name, _, _ in _PROGRAMS}
         except (KernelError, ValueError) as error:
             raise BrokenLimiterError(f"made by another version, or by something else ({error}): {_REPEAT}") from error
@@ -190,16 +194,12 @@ class Limiter:
         return law.decode(self.data)
 
     def status(self) -> Status:
-        """Everything that the pins say."""
+        """Everything that the pins say; the limits as they were when the folder was opened."""
         with self._open("counters") as counters:
-            egress, ingress = (
-                Counters.total(libbpf.read_per_cpu(counters, direction, CountersData))
-                for direction in (EGRESS, INGRESS)
-            )
-        attached_at = (self.folder / ("egress" + _LINK)).stat().st_mtime
-        data = self.data
-        limits, adopted = law.decode(data), bool(data.adopted)
-        return Status(self.pod, limits, egress, ingress, self.cgroup_id, attached_at, self.build, adopted)
+            egress, ingress = map(Counters.total, libbpf.read_per_cpu(counters, (EGRESS, INGRESS), CountersData))
+        attached_at = os.stat(f"{self._place}/egress{_LINK}").st_mtime
+        adopted = bool(self._data.adopted)
+        return Status(self.pod, self._limits, egress, ingress, self.cgroup_id, attached_at, self.build, adopted)
 
     def upgrade(self, image: bytes) -> None:
         """Put an object's programs in the place of the present ones, on the same maps.
@@ -227,10 +227,45 @@ class Limiter:
             return libbpf.linked(link).cgroup_id
 
     def _open(self, name: str) -> Descriptor:
-        return libbpf.open_pinned(self.folder / name)
+        return libbpf.open_pinned(f"{self._place}/{name}")
 
 
-def install(image: bytes, path: Path, folder: Path, report: Callable[[Stage], None] = lambda _: None) -> None:
+class Loaded(Protocol):
+    """An object in the kernel, whoever has loaded it."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def program(self, name: str) -> Descriptor:
+        """A program, by its function's name; the descriptor belongs to the object."""
+
+    def map(self, name: str) -> Descriptor:
+        """A map, by its name or its section's; the descriptor belongs to the object."""
+
+
+def load(image: bytes, bpffs: Path) -> Loaded:
+    """Have the kernel take a limiter's object, for :func:`install`: what takes time, and changes nothing yet.
+
+    Raises:
+        InvalidObjectError: the object holds other programs or maps than a limiter's.
+        VerifierError: the kernel does not take its programs.
+        KernelError: it refused for another reason.
+    """
+    with ExitStack() as stack:
+        shared = sockets.shared(bpffs)
+        for descriptor in shared.values():
+            stack.enter_context(descriptor)
+        return _load(image, shared)
+
+
+def install(
+    image: bytes,
+    path: Path,
+    folder: Path,
+    report: Callable[[Stage], None] = lambda _: None,
+    loaded: Loaded | None = None,
+) -> None:
     """Attach a limiter's object to a cgroup and pin it as a folder, in the place of what is there.
 
     Args:
@@ -238,6 +273,7 @@ def install(image: bytes, path: Path, folder: Path, report: Callable[[Stage], No
         path: the cgroup.
         folder: the limiter's, in the bpffs.
         report: told of each stage.
+        loaded: the same object by :func:`load`, if that was called before.
 
     Raises:
         InvalidObjectError: the object holds other programs or maps than a limiter's.
@@ -252,7 +288,8 @@ def install(image: bytes, path: Path, folder: Path, report: Callable[[Stage], No
         shared = sockets.shared(folder.parent)
         for descriptor in shared.values():
             stack.enter_context(descriptor)
-        loaded = stack.enter_context(_load(image, shared))
+        if loaded is None or not _shares(loaded, shared):
+            loaded = stack.enter_context(_load(image, shared))
         log.info("loaded the programs for %s", path)
         report(Stage.LOADED)
         with ExitStack() as undo:
@@ -332,8 +369,9 @@ def others(path: Path, folder: Path) -> bool:
 def costs(folder: Path) -> dict[str, Cost]:
     """What each of a limiter's programs has cost, by its pin; one that cannot be looked at is left out."""
     found = {}
+    place = str(folder)
     for name, _, _ in _PROGRAMS:
-        with suppress(KernelError), libbpf.open_pinned(folder / name) as program:
+        with suppress(KernelError), libbpf.open_pinned(f"{place}/{name}") as program:
             found[name] = libbpf.cost(program)
     return found
 
@@ -348,27 +386,19 @@ def leftovers(folder: Path) -> list[Path]:
     return [path for mark in (STAGED, RETIRED) if libbpf.is_folder(path := folder.with_name(folder.name + mark))]
 
 
-class _Loaded(Protocol):
-    """An object in the kernel, whoever has loaded it."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def program(self, name: str) -> Descriptor: ...
-
-    def map(self, name: str) -> Descriptor: ...
-
-
-def _load(image: bytes, reuse: Mapping[str, Descriptor]) -> _Loaded:
+def _load(image: bytes, reuse: Mapping[str, Descriptor]) -> Loaded:
     """Have the kernel take a limiter's object: of our own making here, and of others' where it can do no harm."""
     try:
         known = generator.is_known(image)
     except CompilerError:
         known = False
-    if known:
-        return LoadedObject(image, reuse=reuse)
-    return apart.LoadedApart(image, reuse, _SHAPE)
+    data = generator.data(image)
+    return LoadedObject(image, reuse, data=data) if known else apart.LoadedApart(image, reuse, _SHAPE, data)
+
+
+def _shares(loaded: Loaded, shared: Mapping[str, Descriptor]) -> bool:
+    """True for an object that has the node's map of what sockets carry: that may have come about meanwhile."""
+    return all(libbpf.is_same_map(loaded.map(name), descriptor) for name, descriptor in shared.items())
 
 
 def _stop_pacing(folder: Path) -> None:
@@ -417,7 +447,7 @@ def _resume_pacing(folder: Path, path: Path, target: int) -> None:
         log.warning("%s only drops from now on: attach the pod again: %s", folder, error)
 
 
-def _adopt(loaded: _Loaded, path: Path) -> None:
+def _adopt(loaded: Loaded, path: Path) -> None:
     """Reach the connections that were there before; the limits then tell that this was done.
 
     The limiter is at work by now: what cannot be done here is no reason to say that it is not.

@@ -141,7 +141,7 @@ static __always_inline __u32 pacing_rate(__u64 rate)
 static __always_inline void pace(void *context, struct bpfrl_socket *socket)
 {
 	/* 0 is the highest here. */
-	__u32 limit = min(socket->fair - 1, socket->asked - 1);
+	__u32 limit = forget(min(socket->fair - 1, socket->asked - 1));
 	/* To the kernel, 0 is no pacing at all. */
 	__u32 value = max(min(limit, socket->own_pacing), 1);
 

@@ -114,12 +114,13 @@ def _visited(name: str, storage: Descriptor, path: Path, data: VisitData) -> Vis
 
 def _visit(name: str, storage: Descriptor, path: Path, data: VisitData) -> VisitData:
     with ExitStack() as stack:
-        namespaces = [stack.enter_context(Descriptor(number)) for number in cgroup.open_network_namespaces(path)]
+        numbers = cgroup.open_network_namespaces(path, with_tcp=True)
+        namespaces = [stack.enter_context(Descriptor(number)) for number in numbers]
         if not namespaces:
             return data
         image = generator.compile_object(_SOURCE)
         try:
-            loaded = stack.enter_context(LoadedObject(image, reuse={STORAGE: storage}))
+            loaded = stack.enter_context(LoadedObject(image, reuse={STORAGE: storage}, programs={name}))
         except VerifierError as error:
             raise KernelError(f"this kernel ({platform.release()}) has no iterator for it (Linux 6.1 has)") from error
         program, visit = loaded.program(name), loaded.map(_VISIT)

@@ -11,9 +11,10 @@ import fcntl
 import logging
 import os
 import re
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Container, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -21,7 +22,7 @@ from bpfrl import cgroup, libc
 from bpfrl.bpf import cooperation, generator, law, libbpf, limiter, probe, sockets
 from bpfrl.bpf.layout import LimitsData
 from bpfrl.bpf.libbpf import Cost
-from bpfrl.bpf.limiter import Broken, Limiter, Stage, Status
+from bpfrl.bpf.limiter import Broken, Limiter, Loaded, Stage, Status
 from bpfrl.errors import (
     AlreadyLimitedError,
     BpfrlError,
@@ -53,6 +54,8 @@ class Agent:
 
     def __init__(self, bpffs: Path = DEFAULT_BPFFS) -> None:
         self.bpffs = bpffs
+        # This process's threads wait for each other here, and wake at once; on others it has to look again and again.
+        self._turn = threading.Lock()
 
     def attach(self, image: bytes, pod: PodRef, path: Path, report: Callable[[Stage], None] = lambda _: None) -> Change:
         """Hold a pod to the limits of an object, from now on.
@@ -77,7 +80,11 @@ class Agent:
         contents = generator.inspect(image)
         sockets.prepare()
         self.mount()
-        with self._lock(fcntl.LOCK_EX), _present(path):
+        with (
+            self._loaded(image, contents, pod, path) as (cgroup_id, loaded),
+            self._lock(fcntl.LOCK_EX),
+            _present(path),
+        ):
             folder = self._clean(pod.uid)
             current = _open(folder)
             if limiter.others(path, folder):
@@ -85,16 +92,37 @@ class Agent:
                     f"{path}, or a cgroup above or below it, has a limiter under another name:"
                     " bpfrl list -o wide shows it; detach it first"
                 )
-            if current is None or current.cgroup_id != cgroup.id_of(path):
-                filled = generator.relabel(image, contents, pod, cgroup.id_of(path))
+            number = cgroup.id_of(path)
+            if current is None or current.cgroup_id != number:
+                labelled = generator.relabel(image, contents, pod, number)
                 with _explained():
-                    limiter.install(filled, path, folder, report)
+                    limiter.install(labelled, path, folder, report, loaded if cgroup_id == number else None)
                 return Change.ATTACHED
             if not _runs(current, pod, contents.build):
                 current.upgrade(generator.relabel(image, contents, pod if pod.name else current.pod, current.cgroup_id))
                 current.change(contents.data)
                 return Change.UPDATED
             return _set(current, contents.data)
+
+    @contextmanager
+    def _loaded(
+        self, image: bytes, contents: generator.Contents, pod: PodRef, path: Path
+    ) -> Iterator[tuple[int, Loaded | None]]:
+        """An object in the kernel, where the pod has no limiter yet, and for which cgroup.
+
+        That takes most of the time of an attach, and nobody else has to wait for it.
+        """
+        with ExitStack() as stack:
+            with _present(path):
+                number, loaded = cgroup.id_of(path), None
+                with self._lock(fcntl.LOCK_SH):
+                    folder = self.bpffs / pod.uid
+                    current = None if limiter.leftovers(folder) else _open(folder)
+                if current is None or current.cgroup_id != number:
+                    labelled = generator.relabel(image, contents, pod, number)
+                    with _explained():
+                        loaded = stack.enter_context(limiter.load(labelled, self.bpffs))
+            yield number, loaded
 
     def runs(self, pod: PodRef, path: Path, build: bytes) -> bool:
         """True where a pod has the programs of a build on its cgroup, so that only its limits may have to change.
@@ -156,7 +184,8 @@ class Agent:
         if not self.is_mounted():
             return []
         with self._lock(fcntl.LOCK_SH):
-            return [self._look(uid) for uid in self._uids()]
+            names = set(os.listdir(self.bpffs))  # once, and not for each
+            return [self._look(uid, names) for uid in self._uids()]
 
     def costs(self) -> list[tuple[str, Cost]]:
         """What each program of bpfrl on this node has cost, by what it does: egress, ingress, sockops, cooperate."""
@@ -302,13 +331,12 @@ class Agent:
                 found.add(PodRef(uid).uid)
         return sorted(found)
 
-    def _look(self, uid: str) -> Status | Broken:
+    def _look(self, uid: str, names: Container[str] | None = None) -> Status | Broken:
         folder = self.bpffs / uid
         try:
-            if limiter.leftovers(folder):
+            marked = names is None or uid + limiter.STAGED in names or uid + limiter.RETIRED in names
+            if marked and limiter.leftovers(folder):
                 return Broken(uid, "attach or detach was cut off: repeat it")
-            if not limiter.is_ours(folder):
-                return Broken(uid, "not made by bpfrl: look at it, and remove it")
             return Limiter(folder).status()
         except (PermissionDeniedError, PermissionError):
             raise
@@ -326,12 +354,22 @@ class Agent:
     @contextmanager
     def _lock(self, kind: int) -> Iterator[None]:
         """Hold the bpffs against others; what needs more privileges in there says so in one way."""
+        deadline = time.monotonic() + _LOCK_SECONDS
+        if not self._turn.acquire(timeout=_LOCK_SECONDS):
+            raise KernelError(f"another change or look holds {self.bpffs} for {_LOCK_SECONDS:.0f} s")
+        try:
+            with self._hold(kind, deadline):
+                yield
+        finally:
+            self._turn.release()
+
+    @contextmanager
+    def _hold(self, kind: int, deadline: float) -> Iterator[None]:
         try:
             number = os.open(self.bpffs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise _refused(f"open {self.bpffs}", error) from error
         try:
-            deadline = time.monotonic() + _LOCK_SECONDS
             while not _locked(number, kind):
                 if time.monotonic() > deadline:
                     raise KernelError(f"another process holds {self.bpffs}: fuser -v {self.bpffs} tells which")

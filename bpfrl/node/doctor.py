@@ -141,7 +141,7 @@ def bpffs(agent: Agent) -> Finding:
 def library() -> Finding:
     """What the kernel is talked to with."""
     try:
-        return Finding("libbpf", Mark.OK, (f"{libbpf.version()}, of bcc's library",))
+        return Finding("libbpf", Mark.OK, (libbpf.version(),))
     except BpfrlError as error:
         text, _, advice = str(error).partition(": ")
         return Finding("libbpf", Mark.MISSING, (text,), advice)

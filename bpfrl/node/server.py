@@ -1,9 +1,10 @@
 """The agent, over gRPC: ``node.proto``'s service.
 
 Bytes are received without holding anything, and then applied in one go by the agent: a transfer that breaks
-off has touched nothing, and of two for one pod each is applied whole, one after the other. The agent's calls run one at
-a time in a thread of their own, for they wait for the kernel; everything else waits in the event loop, where ten
-thousand idle calls cost nothing but memory.
+off has touched nothing, and of two for one pod each is applied whole, one after the other. The agent's calls run in
+a few threads of their own, for they wait for the kernel: it verifies the programs of several pods at once, and
+everything else happens one at a time. All others wait in the event loop, where ten thousand idle calls cost nothing but
+memory.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -56,6 +58,8 @@ _Requests = AsyncIterator[node_pb2.AttachRequest]
 
 # A limiter has 24 KB.
 _LARGEST_PROGRAM_BYTES: Final = 2**20
+# What the kernel does for one pod takes milliseconds; a master makes eight calls at a time.
+_MOST_WORKERS: Final = 4
 # On a bad line a limiter takes a second or two.
 _TRANSFER_SECONDS: Final = 20.0
 # The master asks again; calls that wait for nothing do not pile up here.
@@ -122,7 +126,8 @@ class NodeService(NodeServicer):
         self._known_only = known_only
         self._observer = observer
         self._refusals = explain.Refusals()
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="agent")
+        workers = min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
+        self._worker = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="agent")
         self._listing = asyncio.Lock()
         self._next_list: asyncio.Task[node_pb2.ListReply] | None = None
         # Who only looks, which may mean at every socket of the node, keeps nobody from being limited.

@@ -92,7 +92,7 @@ def test_an_object_that_was_changed_and_sealed_again_is_loaded_apart_or_refused(
         try:
             changed = sealed(changed)
             generator.inspect(changed)
-            with apart.LoadedApart(changed, {}, limiter._SHAPE) as loaded:
+            with apart.LoadedApart(changed, {}, limiter._SHAPE, generator.data(changed)) as loaded:
                 assert loaded.program("bpfrl_sockops").number > 0
         except BpfrlError as error:
             refusal = str(error)

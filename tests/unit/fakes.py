@@ -353,7 +353,13 @@ class Kernel:
             monkeypatch.setattr(module, "LoadedObject", self.load)
         monkeypatch.setattr(apart, "LoadedApart", self.load)
 
-    def load(self, image: bytes, reuse: dict[str, Thing] | None = None, shape: Shape | None = None) -> LoadedThings:
+    def load(
+        self,
+        image: bytes,
+        reuse: dict[str, Thing] | None = None,
+        shape: Shape | None = None,
+        **_: object,
+    ) -> LoadedThings:
         self._check("load")
         return LoadedThings(self, image, reuse or {}, shape)
 
@@ -361,9 +367,9 @@ class Kernel:
         """Something new."""
         return Thing(kind, next(self.numbers))
 
-    def open_pinned(self, path: Path) -> Thing:
+    def open_pinned(self, path: Path | str) -> Thing:
         try:
-            kind, number = path.read_text().split()
+            kind, number = Path(path).read_text().split()
         except (OSError, ValueError) as error:
             raise KernelError(f"cannot open {path}: played") from error
         return Thing(kind, int(number))
@@ -395,8 +401,8 @@ class Kernel:
             raise KernelError(f"a map has values of {len(value)} byte where {sizeof(kind)} were expected")
         return kind.from_buffer_copy(value)
 
-    def read_per_cpu(self, *_: object) -> list[CountersData]:
-        return [CountersData()]
+    def read_per_cpu(self, _: object, indices: tuple[int, ...], __: object) -> list[list[CountersData]]:
+        return [[CountersData()] for _ in indices]
 
     def write(self, array: Thing, _: int, value: Structure) -> None:
         self.values[array.identifier] = bytes(value)

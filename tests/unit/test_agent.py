@@ -9,7 +9,7 @@ import platform
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -111,10 +111,11 @@ def plays(monkeypatch: pytest.MonkeyPatch) -> Plays:
     def play(pinned: Pinned | None) -> Installed:
         installed: Installed = []
         monkeypatch.setattr(module, "_open", lambda _: pinned)
+        monkeypatch.setattr(limiter, "load", lambda *_: nullcontext())
         monkeypatch.setattr(
             limiter,
             "install",
-            lambda image, path, folder, _: installed.append((image, path, folder)),
+            lambda image, path, folder, *_: installed.append((image, path, folder)),
         )
         return installed
 

@@ -493,6 +493,40 @@ def test_each_network_namespace_of_a_cgroups_processes_is_opened_once(tmp_path: 
     assert set(os.listdir("/proc/self/fd")) == before
 
 
+@pytest.mark.parametrize(
+    ("tables", "found"),
+    [
+        (("sockets: used 2\nTCP: inuse 0 orphan 9 tw 3\nUDP: inuse 1\n", "TCP6: inuse 0\nUDP6: inuse 7\n"), 0),
+        (("sockets: used 2\nTCP: inuse 1 orphan 0 tw 0\n", "TCP6: inuse 0\n"), 1),
+        (("sockets: used 2\nTCP: inuse 0 orphan 0 tw 0\n", "TCP6: inuse 12\n"), 1),
+        (("TCP: inuse 0 orphan 0 tw 0\n", None), 1),
+        ((None, None), 1),
+        (("something else\n", "TCP6: inuse 0\n"), 1),
+    ],
+)
+def test_namespaces_that_have_no_tcp_sockets_for_certain_can_be_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tables: tuple[str | None, str | None], found: int
+) -> None:
+    tmp_path.joinpath("cgroup.procs").write_text(f"{os.getpid()}\n")
+    told = dict(zip((f"/proc/{os.getpid()}/net/{name}" for name in ("sockstat", "sockstat6")), tables, strict=True))
+    read = Path.read_text
+
+    def play(path: Path) -> str:
+        if str(path) not in told:
+            return read(path)
+        if (text := told[str(path)]) is None:
+            raise FileNotFoundError(2, os.strerror(2), str(path))
+        return text
+
+    monkeypatch.setattr(Path, "read_text", play)
+    before = set(os.listdir("/proc/self/fd"))
+    numbers = cgroup.open_network_namespaces(tmp_path, with_tcp=True)
+    assert len(numbers) == found
+    for number in numbers:
+        os.close(number)
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
 def test_a_cgroup_without_processes_or_gone_has_no_namespaces(tmp_path: Path) -> None:
     tmp_path.joinpath("cgroup.procs").touch()
     assert cgroup.open_network_namespaces(tmp_path) == []

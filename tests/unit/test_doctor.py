@@ -147,7 +147,7 @@ def test_without_bccs_library_it_says_what_to_install(monkeypatch: pytest.Monkey
     monkeypatch.setattr(libbpf, "version", raising(KernelError("python3-bpfcc is missing: apt-get install it")))
     assert doctor.library() == Finding("libbpf", MISSING, ("python3-bpfcc is missing",), "apt-get install it")
     monkeypatch.setattr(libbpf, "version", lambda: "v9.9")
-    assert doctor.library().found == ("v9.9, of bcc's library",)
+    assert doctor.library().found == ("v9.9",)
 
 
 def test_without_clang_the_cache_will_do(monkeypatch: pytest.MonkeyPatch) -> None:

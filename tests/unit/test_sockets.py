@@ -145,7 +145,7 @@ def test_each_namespace_of_a_cgroup_is_visited_once_with_whose_sockets_are_meant
 
     monkeypatch.setattr(generator, "compile_object", lambda source: source.encode())
     monkeypatch.setattr(sockets, "_iterate_in", iterate_in)
-    monkeypatch.setattr(cgroup, "open_network_namespaces", lambda _: list(namespaces))
+    monkeypatch.setattr(cgroup, "open_network_namespaces", lambda _, **__: list(namespaces))
     with kernel.make("map") as storage:
         assert getattr(sockets, visit)(storage, tmp_path, *callbacks) == (4, 2)
     assert kernel.loaded == [(b"sockets.bpf.c", {sockets.STORAGE: storage.identifier})]
