@@ -178,14 +178,14 @@ _LOADER: Final = _Loader()
 
 def main(number: int) -> None:
     """Load objects for the process at the other end of a socket, until that goes."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE_BYTES, _ADDRESS_SPACE_BYTES))
+    _bound(resource.RLIMIT_CORE, 0)
+    _bound(resource.RLIMIT_AS, _ADDRESS_SPACE_BYTES)
     with socket.socket(fileno=number) as asked:
         while True:
             order, numbers, _, _ = socket.recv_fds(asked, _MESSAGE_BYTES, _MOST_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
             if not order:
                 return
-            resource.setrlimit(resource.RLIMIT_CPU, (_used() + _CPU_SECONDS, resource.RLIM_INFINITY))
+            _bound(resource.RLIMIT_CPU, _used() + _CPU_SECONDS)
             try:
                 _answer(asked, json.loads(order), numbers)
             finally:
@@ -210,6 +210,12 @@ def _answer(asked: socket.socket, order: dict[str, Any], numbers: list[int]) -> 
             socket.send_fds(asked, [b'["", ""]'], [each.number for each in found])
     except BpfrlError as error:
         asked.send(json.dumps([type(error).__name__, str(error)]).encode())
+
+
+def _bound(kind: int, most: int) -> None:
+    """Let this process have no more of something; where it may not even say so, its time is bounded from outside."""
+    with suppress(OSError, ValueError):
+        resource.setrlimit(kind, (most, resource.getrlimit(kind)[1]))
 
 
 def _used() -> int:
