@@ -46,8 +46,13 @@ bench-node: install
 	.venv/bin/python -m bench.run --report-only
 
 # Everything that may go wrong, one after the other, within the times that docs/faults.md states: some 20 minutes.
+# With kube-apiserver too, as bench-cluster, what may happen to that.
 faults: install
 	.venv/bin/python -m bench.endure
+	if .venv/bin/python -c 'from bench.kubeapi import real_assets as found; raise SystemExit(not found())'; then \
+		.venv/bin/python -m bench.endure --real --only 'server killed' --only 'server stopped' \
+			--only 'server out of reach'; \
+	fi
 	BPFRL_EVERY_STEP=1 .venv/bin/pytest tests/kernel/test_steps.py
 
 # The same at random, for some time: make soak SECONDS=3600 SEED=7. What was done is in build/soak.log.

@@ -481,7 +481,7 @@ class Cluster:
         except ApiError:
             return
         for master in self.bed.masters:
-            if master.process and holder.endswith(f"_{master.process.pid}"):
+            if holder and master.alive and f"leading as {holder}\n" in master.news():
                 self._leader = master
 
     def _operate(self) -> None:
