@@ -25,7 +25,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -65,6 +65,7 @@ _PODS: Final = 40
 _CREATE: Final = "create"
 _START_SECONDS: Final = 60.0
 _POLL_SECONDS: Final = 0.05
+_LOOKS: Final = 5
 _LOG_LINES: Final = 25
 _INVALID: Final = ("fast", "10mbps", "-5M", "0", "10m", "9e99", "1.5.5M")
 # An attach that is refused for want of a cgroup is tried again after at most this long.
@@ -666,11 +667,11 @@ class Cluster:
         Others may test on this machine too: what is ours is told by the UID in a limiter's identity, a map that all of
         its programs are bound to.
         """
-        maps = _bpftool("map", "show")
+        maps = _listed("map")
         identities = {each["id"] for each in maps if each.get("name") == _IDENTITY and self._is_ours(each["id"])}
-        programs = [each for each in _bpftool("prog", "show") if identities.intersection(each.get("map_ids", ()))]
+        programs = [each for each in _listed("prog") if identities.intersection(each.get("map_ids", ()))]
         numbers = {each["id"] for each in programs}
-        links = [each for each in _bpftool("link", "show") if each.get("prog_id") in numbers]
+        links = [each for each in _listed("link") if each.get("prog_id") in numbers]
         bound = identities.union(*(each["map_ids"] for each in programs))
         return {"programs": len(programs), "links": len(links), "maps": len(bound)}
 
@@ -847,6 +848,15 @@ def _owner(number: int) -> str:
     except (subprocess.CalledProcessError, LookupError, ValueError):
         return ""
     return pod.uid if pod else ""
+
+
+def _listed(kind: str) -> list[dict[str, Any]]:
+    """All objects of a kind; bpftool gives up where one of anybody's goes while it looks."""
+    for _ in range(_LOOKS):
+        with suppress(subprocess.CalledProcessError):
+            return _bpftool(kind, "show")
+        time.sleep(_POLL_SECONDS)
+    return _bpftool(kind, "show")
 
 
 def _bpftool(*arguments: str) -> list[dict[str, Any]]:
