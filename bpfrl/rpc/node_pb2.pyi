@@ -13,8 +13,9 @@ A refusal is a gRPC status whose message is one plain line:
   RESOURCE_EXHAUSTED   the program is larger than any limiter
   DEADLINE_EXCEEDED    the program was announced and did not come
   ALREADY_EXISTS       another limiter holds the cgroup, or one above or below it
-  FAILED_PRECONDITION  the kernel's verifier refuses the program (with its last lines), or something else has put a
-                       folder where the limiter goes
+  FAILED_PRECONDITION  the kernel's verifier refuses the program (with its last lines), the program is not the node's
+                       own and the node takes no other (--require-known-program), or something else has put a folder
+                       where the limiter goes
   PERMISSION_DENIED    the caller's certificate has no role that may make this call
   INTERNAL             the kernel refused for another reason
 
