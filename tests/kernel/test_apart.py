@@ -105,7 +105,7 @@ def test_it_ends_with_whoever_has_started_it(bed: Lab, tmp_path: Path) -> None:
     (tmp_path / "other.o").write_bytes(of_another_build((tmp_path / "own.o").read_bytes()))
     script = (
         "import sys, time; from pathlib import Path; from bpfrl.bpf import apart, limiter;"
-        f"apart.LoadedApart(Path({str(tmp_path / 'other.o')!r}).read_bytes(), {{}}, limiter._SHAPE);"
+        f"apart.LoadedApart(Path({str(tmp_path / 'other.o')!r}).read_bytes(), {{}}, limiter._SHAPE, {{}});"
         "print(apart._LOADER._process.pid, flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:

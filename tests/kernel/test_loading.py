@@ -101,7 +101,7 @@ def test_an_object_that_differs_elsewhere_is_another(bed: Lab, readied: list[byt
     image = generator.generate(PODS[0], LIMITS[0])
     place = image.index(b"Dual BSD/GPL")
     for each in (image, image[:place] + b"Dual MIT/GPL" + image[place + 12 :], image):
-        with limiter._load(each, {}):
+        with LoadedObject(each, {}, limiter._SHAPE, generator.data(each)):
             pass
     assert len(readied) == 2
 
