@@ -1,4 +1,4 @@
-"""What bpfrl needs of libc and Python 3.11 does not have: four system calls, and two words to malloc."""
+"""What bpfrl needs of libc and Python 3.11 does not have: five system calls, and two words to malloc."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Final
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
+BPF_FS: Final = 0xCAFE4A11  # linux/magic.h: BPF_FS_MAGIC
 CLONE_NEWNET: Final = 0x40000000  # linux/sched.h
 MOUNT_NO_TRICKS: Final = 2 | 4 | 8  # linux/mount.h: MS_NOSUID, MS_NODEV, MS_NOEXEC
 _ARENA_MAX: Final = -8  # malloc.h: M_ARENA_MAX
 _FILEID_KERNFS: Final = 0xFE  # linux/exportfs.h
+_STATFS_WORDS: Final = 16  # sys/statfs.h: struct statfs has 15, and its kind is the first
 
 
 class _KernfsHandle(ctypes.Structure):
@@ -25,6 +27,13 @@ class _KernfsHandle(ctypes.Structure):
 def mount(kind: str, target: Path, flags: int, options: str) -> None:
     """Mount a file system that has no device (mount(2)). Raises OSError."""
     _check(_libc.mount(kind.encode(), os.fsencode(target), kind.encode(), ctypes.c_ulong(flags), options.encode()))
+
+
+def file_system(path: Path) -> int:
+    """Which kind of file system a path is in, by its magic number (statfs(2)). Raises OSError."""
+    found = (ctypes.c_ulong * _STATFS_WORDS)()
+    _check(_libc.statfs(os.fsencode(path), found))
+    return found[0]
 
 
 def setns(namespace: int, kind: int) -> None:

@@ -603,14 +603,13 @@ def is_folder(path: Path) -> bool:
     return True
 
 
-def folders(bpffs: Path) -> list[str]:
+def folders(bpffs: Path) -> Iterator[str]:
     """The names of the folders in a bpffs that :func:`is_folder` accepts; there may be other things."""
-    found = []
-    for entry in os.scandir(bpffs):
-        with suppress(FileNotFoundError):
-            if entry.is_dir(follow_symlinks=False) and _is_safe(entry.stat(follow_symlinks=False)):
-                found.append(entry.name)
-    return found
+    with os.scandir(bpffs) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):
+                if entry.is_dir(follow_symlinks=False) and _is_safe(entry.stat(follow_symlinks=False)):
+                    yield entry.name
 
 
 def _is_safe(folder: os.stat_result) -> bool:

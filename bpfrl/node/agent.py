@@ -34,7 +34,6 @@ from bpfrl.errors import (
     PermissionDeniedError,
 )
 from bpfrl.limits import Change, Limits, PodRef
-from bpfrl.mounts import mounts
 
 log = logging.getLogger(__name__)
 
@@ -291,12 +290,11 @@ class Agent:
             PermissionDeniedError: that cannot be seen.
         """
         try:
-            device = os.stat(self.bpffs).st_dev
+            return libc.file_system(self.bpffs) == libc.BPF_FS
         except (FileNotFoundError, NotADirectoryError):
             return False
         except PermissionError as error:
             raise _refused(f"look into {self.bpffs}", error) from error
-        return f"{os.major(device)}:{os.minor(device)}" in {mount.device for mount in mounts("bpf")}
 
     def _swept(self, uid: str) -> bool:
         try:

@@ -31,7 +31,6 @@ from bpfrl.errors import (
     VerifierError,
 )
 from bpfrl.limits import Change, Limits, PodRef
-from bpfrl.mounts import Mount
 from bpfrl.node import agent as module
 from bpfrl.node.agent import Agent
 from bpfrl.units import Rate
@@ -46,10 +45,9 @@ SLOW, FAST = Limits(Rate(10**6)), Limits(Rate(10**9), Rate(10**9), 65_536)
 @pytest.fixture
 def bpffs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that the agent takes for a mounted bpffs."""
-    device = tmp_path.stat().st_dev
-    mounted = Mount(tmp_path, "/", f"{os.major(device)}:{os.minor(device)}", "bpf")
-    monkeypatch.setattr(module, "mounts", lambda kind: [mounted] if kind == "bpf" else [])
-    return make(tmp_path / "bpf")
+    folder, real = make(tmp_path / "bpf"), libc.file_system
+    monkeypatch.setattr(libc, "file_system", lambda path: libc.BPF_FS if path == folder else real(path))
+    return folder
 
 
 @pytest.fixture
