@@ -63,8 +63,12 @@ def limit_arenas(most: int) -> None:
 
 
 def give_back_memory() -> None:
-    """Let the kernel have what is free (malloc_trim(3)), which after many connections is most of what they took."""
-    _libc.malloc_trim(ctypes.c_size_t(0))
+    """Let the kernel have what is free (malloc_trim(3)), which after many connections is most of what they took.
+
+    A libc that cannot is left as it is.
+    """
+    if hasattr(_libc, "malloc_trim"):
+        _libc.malloc_trim(ctypes.c_size_t(0))
 
 
 def _check(result: int) -> int:

@@ -127,7 +127,7 @@ def _accept(runner: web.AppRunner) -> asyncio.Protocol:
     if server is None:
         raise RuntimeError("the runner is not set up")
     connections = server.connections
-    for oldest in connections[: len(connections) + 1 - _MOST_CONNECTIONS]:
+    for oldest in connections[: max(0, len(connections) + 1 - _MOST_CONNECTIONS)]:
         if oldest.transport:
             oldest.transport.abort()
     return server()

@@ -16,8 +16,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Final, Self
 
 from bpfrl.bpf import libbpf
@@ -26,7 +26,7 @@ from bpfrl.errors import BpfrlError, InvalidObjectError, KernelError, Permission
 
 _COMMAND: Final = (sys.executable, "-P", "-m", "bpfrl.bpf.apart")
 # The kernel's verifier may take a second; libbpf takes some milliseconds.
-_LOAD_SECONDS: Final = 15.0
+_LOAD_SECONDS: Final = 10.0
 _IDLE_SECONDS: Final = 5.0
 _MESSAGE_BYTES: Final = 1 << 16
 _MOST_DESCRIPTORS: Final = 32
@@ -48,9 +48,11 @@ class LoadedApart:
     """
 
     def __init__(self, image: bytes, reuse: Mapping[str, Descriptor], shape: Shape, data: Mapping[str, slice]) -> None:
-        with os.fdopen(os.memfd_create("bpfrl-object", os.MFD_CLOEXEC), "wb") as file:
-            file.write(image)
-            file.flush()
+        with ExitStack() as stack:
+            with _possible():
+                file = stack.enter_context(os.fdopen(os.memfd_create("bpfrl-object", os.MFD_CLOEXEC), "wb"))
+                file.write(image)
+                file.flush()
             places = {name: (at.start, at.stop) for name, at in data.items()}
             order = json.dumps(
                 {"reuse": [*reuse], "programs": shape.programs, "maps": shape.maps, "data": places}
@@ -86,9 +88,20 @@ def _check(answer: bytes, descriptors: list[Descriptor], found: Mapping[str, Des
         error = InvalidObjectError(f"reading the object ended in nonsense: {_DAMAGED}")
     if error:
         raise error
-    whole = len(descriptors) == len(shape.programs) + len(shape.maps)
-    if not whole or not all(libbpf.has_shape(found[name], wanted) for name, wanted in shape.maps.items()):
+    if (
+        len(descriptors) != len(shape.programs) + len(shape.maps)
+        or not all(libbpf.has_kind(found[name], kind) for name, (kind, _) in shape.programs.items())
+        or not all(libbpf.has_shape(found[name], wanted) for name, wanted in shape.maps.items())
+    ):
         raise InvalidObjectError(f"not the programs and maps of a limiter: {_DAMAGED}")
+
+
+@contextmanager
+def _possible() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise KernelError(f"cannot start what loads objects of other makers: {error.strerror}") from error
 
 
 class _Loader:
@@ -134,10 +147,11 @@ class _Loader:
         return text, numbers
 
     def _start(self) -> tuple[socket.socket, subprocess.Popen[bytes]]:
-        own, others = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        own.settimeout(_LOAD_SECONDS)
-        with others:
-            try:
+        with _possible(), ExitStack() as undo:
+            own, others = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            undo.callback(own.close)
+            own.settimeout(_LOAD_SECONDS)
+            with others:
                 # What the C library says of a broken heap is nobody's concern.
                 process = subprocess.Popen(
                     [*_COMMAND, str(others.fileno())],
@@ -147,9 +161,7 @@ class _Loader:
                     stderr=subprocess.DEVNULL,
                     start_new_session=True,
                 )
-            except OSError as error:
-                own.close()
-                raise KernelError(f"cannot start what loads objects of other makers: {error.strerror}") from error
+            undo.pop_all()
         return own, process
 
     def _rest(self) -> None:

@@ -52,7 +52,8 @@ struct clock {
  * would wait for minutes before its new rate means anything. Where it was lowered
  * the backlog keeps its time: a millisecond of the old limit is no debt of seconds.
  * Everything is read before the limit's mark, and written after it: a CPU that finds the old
- * mark has read nothing of what others have made of it.
+ * mark has read nothing of what others have made of it. Where CPUs may see writes in another
+ * order (arm64), a backlog may be scaled twice; it is shorter for a moment then.
  */
 static __always_inline __s64 rescale(struct clock *clock, const struct bpfrl_limit *limit,
 				     __u64 now)

@@ -330,7 +330,7 @@ def _write(image: bytearray, place: int, data: Structure) -> None:
     image[place : place + sizeof(data)] = bytes(data)
 
 
-# The object that was measured last, and what that gave.
+# The object whose digest was taken last, and what that gave.
 _last: tuple[bytes, _Places, bytes] | None = None
 
 
@@ -341,8 +341,8 @@ def _measured(image: bytes) -> tuple[_Places, bytes]:
     """
     global _last  # noqa: PLW0603
     last = _last  # the daemon's threads look at objects side by side
-    if last is None or not _is_like(image, *last[:2]):
-        places = _parse(image)
+    places = _parse(image)  # its own: another's may be anywhere
+    if last is None or last[1] != places or not _is_like(image, *last[:2]):
         blank = bytearray(image)
         _write(blank, places.limits, LimitsData())
         _write(blank, places.identity, IdentityData(LAYOUT))

@@ -44,6 +44,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, NoReturn, Self, TypeVar
 
 from bpfrl.errors import BrokenLimiterError, InvalidObjectError, KernelError, PermissionDeniedError, VerifierError
+from bpfrl.plain import plain
 
 Data = TypeVar("Data", bound=Structure)
 
@@ -59,6 +60,10 @@ _OBJECT_NAME: Final = b"bpfrl"
 # libbpf puts the object's name before the names of some sections' maps.
 _SECTION_MAP: Final = re.compile(rf"{_OBJECT_NAME.decode()}(?=\.)")
 _READ_BYTES: Final = 1 << 16
+# What stands for the type of a program that libbpf leaves out, so that it is like none.
+_NOT_LOADED: Final = (-1, -1)
+# What the kernel calls a program's descriptor (kernel/bpf/syscall.c).
+_PROGRAM_LINK: Final = "anon_inode:bpf-prog"
 # struct bpf_insn (linux/bpf.h): what to do, two registers, an offset, and a number.
 _INSTRUCTION: Final = struct.Struct("=BBhi")
 _INSTRUCTION_BYTES: Final = _INSTRUCTION.size
@@ -300,7 +305,10 @@ class Descriptor:
 
     def again(self) -> Descriptor:
         """Another one of the same, to be closed for itself."""
-        return Descriptor(fcntl.fcntl(self.number, fcntl.F_DUPFD_CLOEXEC))
+        try:
+            return Descriptor(fcntl.fcntl(self.number, fcntl.F_DUPFD_CLOEXEC))
+        except OSError as error:
+            raise KernelError(f"cannot copy a descriptor: {error.strerror}") from error
 
     def pin(self, path: Path) -> None:
         """Give the object a name in a bpffs; it lives at least as long as that."""
@@ -765,6 +773,12 @@ def write(array: Descriptor, index: int, value: Structure) -> None:
     _check(_lib().bpf_map_update_elem(array.number, byref(c_uint32(index)), byref(value), 0), "write a map")
 
 
+def has_kind(descriptor: Descriptor, kind: int) -> bool:
+    """True for a program of a type."""
+    is_program = str(Path(f"/proc/self/fd/{descriptor.number}").readlink()) == _PROGRAM_LINK
+    return is_program and bool(_info(descriptor, _ProgramInfo).type == kind)
+
+
 def has_shape(descriptor: Descriptor, shape: MapShape) -> bool:
     """True for a map of a kind, with keys and values of these sizes."""
     info = _info(descriptor, _MapInfo)
@@ -868,19 +882,17 @@ def _compare(opened: int, shape: Shape) -> None:
     found, expected = Counter((*programs, *maps)), Counter((*shape.programs.items(), *shape.maps.items()))
     names = {name for name, _ in (found - expected) + (expected - found)} | pinned
     if names:
-        raise InvalidObjectError(
-            f"not the programs and maps of a limiter: {_printable(', '.join(sorted(names)[:_NAMES]))}"
-        )
+        raise InvalidObjectError(f"not the programs and maps of a limiter: {_plain(', '.join(sorted(names)[:_NAMES]))}")
 
 
 def _contents(opened: int) -> tuple[list[tuple[str, tuple[int, int]]], list[tuple[str, MapShape]], set[str]]:
-    """Programs that would be loaded and maps of an object that is open, and which maps want to be pinned somewhere."""
+    """Programs and maps of an object that is open, and which maps want to be pinned somewhere."""
     lib = _lib()
     programs, maps, pinned = [], [], set()
     for handle in _each(lib.bpf_object__next_program, opened):
         name = lib.bpf_program__name(handle).decode(errors="replace")
-        if lib.bpf_program__autoload(handle):
-            programs.append((name, (lib.bpf_program__type(handle), lib.bpf_program__expected_attach_type(handle))))
+        kind = (lib.bpf_program__type(handle), lib.bpf_program__expected_attach_type(handle))
+        programs.append((name, kind if lib.bpf_program__autoload(handle) else _NOT_LOADED))
     for handle in _each(lib.bpf_object__next_map, opened):
         name = _SECTION_MAP.sub("", lib.bpf_map__name(handle).decode(errors="replace"))
         maps.append((name, _shape_of(handle)))
@@ -904,12 +916,12 @@ def _shape_of(handle: int) -> MapShape:
 def _last_lines(log: str) -> str:
     """The end of the verifier's log, where it says what it did not like."""
     lines = [line.strip() for line in log.splitlines() if line.strip() and not line.startswith("processed ")]
-    return _printable("; ".join(lines[-_LOG_LINES:]))
+    return _plain("; ".join(lines[-_LOG_LINES:]))
 
 
-def _printable(text: str) -> str:
-    """A text that may repeat what the object holds, fit for a line of a log or of a terminal."""
-    return "".join(each if each.isprintable() else "?" for each in text[:_LOG_CHARACTERS])
+def _plain(text: str) -> str:
+    """The beginning of what may repeat what an object holds."""
+    return plain(text[:_LOG_CHARACTERS])
 
 
 @cache

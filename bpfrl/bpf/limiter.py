@@ -324,7 +324,7 @@ def remove(folder: Path) -> None:
         BrokenLimiterError: as :func:`discard`.
     """
     retired = folder.rename(folder.with_name(folder.name + RETIRED))
-    if not sockets.reachable():
+    if _attached_to(retired) and not sockets.reachable():
         _lift(retired)
     discard(retired)
 
@@ -403,12 +403,9 @@ def _shares(loaded: Loaded, shared: Mapping[str, Descriptor]) -> bool:
 
 def _stop_pacing(folder: Path) -> None:
     """Detach what paces, and give the sockets back what was theirs; the limit is still enforced."""
-    attached_to = 0
-    for name, _, _ in _PROGRAMS:
-        with suppress(KernelError), libbpf.open_pinned(folder / (name + _LINK)) as link:
-            attached_to = attached_to or libbpf.linked(link).cgroup_id
-            if name == _SOCKOPS:
-                libbpf.detach(link)
+    attached_to = _attached_to(folder)
+    with suppress(KernelError), libbpf.open_pinned(folder / (_SOCKOPS + _LINK)) as link:
+        libbpf.detach(link)
     path = cgroup.path_of(attached_to) if attached_to else None
     if path is None:
         return
@@ -417,6 +414,15 @@ def _stop_pacing(folder: Path) -> None:
             sockets.release(storage, path)
     except BpfrlError as error:
         log.warning("connections that do not send keep the pacing rate they had: %s", error)
+
+
+def _attached_to(folder: Path) -> int:
+    """The id of the cgroup that a limiter is on, whole or broken; 0: of none that is still there."""
+    for name, _, _ in _PROGRAMS:
+        with suppress(KernelError), libbpf.open_pinned(folder / (name + _LINK)) as link:
+            if found := libbpf.linked(link).cgroup_id:
+                return found
+    return 0
 
 
 def _lift(folder: Path) -> None:

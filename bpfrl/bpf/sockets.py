@@ -8,7 +8,6 @@ visits the sockets of one network namespace, so it is run once for each namespac
 from __future__ import annotations
 
 import logging
-import platform
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import cache
@@ -28,6 +27,7 @@ _VISIT: Final = ".bss"
 # linux/bpf.h
 _NO_PREALLOC: Final = 1 << 0
 
+_RELEASE: Final = "bpfrl_release"
 # The map, and its pin: a node has one.
 STORAGE: Final = "sockets"
 SHAPE: Final = MapShape(MapType.SK_STORAGE, 4, SOCKET_BYTES, 0, _NO_PREALLOC)
@@ -50,10 +50,16 @@ class Counted(NamedTuple):
 def reachable() -> bool:
     """True where the sockets that are there already can be visited: the kernel can, and the program is to be had."""
     try:
-        with LoadedObject(generator.compile_object(_SOURCE)):
-            return True
+        _try_release()
     except BpfrlError:
         return False
+    return True
+
+
+@cache  # what works once goes on working
+def _try_release() -> None:
+    with LoadedObject(generator.compile_object(_SOURCE), programs={_RELEASE}):
+        pass
 
 
 @cache  # and warn of it once
@@ -82,7 +88,7 @@ def adopt(storage: Descriptor, path: Path, callbacks: int) -> Visited:
 
 def release(storage: Descriptor, path: Path) -> Visited:
     """Give back its pacing rate and windows to every TCP socket that a cgroup's limiter has; as :func:`adopt`."""
-    return _visited("bpfrl_release", storage, path, VisitData(cgroup=cgroup.id_of(path)))
+    return _visited(_RELEASE, storage, path, VisitData(cgroup=cgroup.id_of(path)))
 
 
 def forget(storage: Descriptor, path: Path) -> Visited:
@@ -122,7 +128,7 @@ def _visit(name: str, storage: Descriptor, path: Path, data: VisitData) -> Visit
         try:
             loaded = stack.enter_context(LoadedObject(image, reuse={STORAGE: storage}, programs={name}))
         except VerifierError as error:
-            raise KernelError(f"this kernel ({platform.release()}) has no iterator for it (Linux 6.1 has)") from error
+            raise KernelError(f"iterators over sockets, which Linux 6.1 has, cannot be loaded: {error}") from error
         program, visit = loaded.program(name), loaded.map(_VISIT)
         libbpf.write(visit, 0, data)
         for namespace in namespaces:

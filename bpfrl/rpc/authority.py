@@ -216,7 +216,7 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
-def _write(path: Path, content: bytes, mode: int = 0o600) -> None:
+def _write(path: Path, content: bytes, mode: int = files.PRIVATE) -> None:
     try:
         files.write(path, content, mode)
     except OSError as error:

@@ -249,6 +249,10 @@ FOREIGN: dict[str, tuple[Callable[[str], str], str]] = {
         "counters",
     ),
     "a program that is not loaded": (instead('SEC("sockops")', 'SEC("?sockops")'), "bpfrl_sockops"),
+    "one more program, that is not loaded": (
+        more('SEC("?kprobe/do_unlinkat") int theirs(void *ctx) { return !ctx; }'),
+        "theirs",
+    ),
     "a map of another type": (instead(COUNTERS, "__uint(type, BPF_MAP_TYPE_ARRAY);\n"), "counters"),
     "a map with many entries": (instead(ENTRIES, "__uint(max_entries, 1 << 20);\n"), "counters"),
     "more state": (more("__u64 theirs[1 << 20];"), ".bss"),

@@ -32,7 +32,7 @@ ENDS = {
     "says too little": ('asked.send(b\'["", ""]\')', "not the programs and maps of a limiter"),
     "hands over something else": (
         'socket.send_fds(asked, [b\'["", ""]\'], [0] * 8)',
-        "cannot look at a pin: Invalid argument",
+        "not the programs and maps of a limiter",
     ),
     "hands over too much": ('socket.send_fds(asked, [b\'["", ""]\'], [0] * 30)', "not the programs and maps of a"),
 }

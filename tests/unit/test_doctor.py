@@ -144,8 +144,8 @@ def test_a_bpffs_that_is_not_there_yet_can_be_mounted_or_not(tmp_path: Path, mon
 
 
 def test_without_bccs_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(libbpf, "version", raising(KernelError("python3-bpfcc is missing: apt-get install it")))
-    assert doctor.library() == Finding("libbpf", MISSING, ("python3-bpfcc is missing",), "apt-get install it")
+    monkeypatch.setattr(libbpf, "version", raising(KernelError("libbpf is missing: apt-get install python3-bpfcc")))
+    assert doctor.library() == Finding("libbpf", MISSING, ("libbpf is missing",), "apt-get install python3-bpfcc")
     monkeypatch.setattr(libbpf, "version", lambda: "v9.9")
     assert doctor.library().found == ("v9.9",)
 
@@ -171,7 +171,7 @@ def test_what_the_kernel_cannot_do_says_since_when_others_can(monkeypatch: pytes
     denied = doctor.kernel_feature(feature._replace(probe=raising(PermissionDeniedError("no"))))
     assert (denied.found, denied.advice) == (("not tried: no",), "run bpfrl as root")
     assert doctor.kernel_feature(feature._replace(probe=lambda: None)).mark is OK
-    monkeypatch.setattr(libbpf, "version", raising(KernelError("python3-bpfcc is missing: apt-get install it")))
+    monkeypatch.setattr(libbpf, "version", raising(KernelError("libbpf is missing: apt-get install python3-bpfcc")))
     untried = doctor.kernel_feature(feature)
     assert (untried.mark, untried.found) == (MISSING if needed else WARNING, ("not tried: libbpf is missing",))
 

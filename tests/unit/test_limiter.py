@@ -289,6 +289,18 @@ def test_where_connections_cannot_be_visited_they_let_go_by_themselves_while_soc
     assert os.listdir(folder.parent) == []
 
 
+def test_for_a_pod_that_has_ended_nobody_waits(
+    kernel: Kernel, pod: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visiting(monkeypatch, kernel, Visited(0, 0))
+    install(pod, folder)
+    kernel.links.update(dict.fromkeys(kernel.links, 0))
+    monkeypatch.setattr(sockets, "reachable", lambda: False)
+    monkeypatch.setattr(time, "sleep", pytest.fail)
+    limiter.remove(folder)
+    assert os.listdir(folder.parent) == []
+
+
 @pytest.mark.parametrize("pin", sorted(limiter._PINS))
 def test_a_limiter_of_which_a_pin_is_missing_is_broken(
     kernel: Kernel, pod: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, pin: str

@@ -348,6 +348,21 @@ def test_who_comes_takes_the_place_of_who_came_first(monkeypatch: pytest.MonkeyP
     run(calls())
 
 
+def test_while_there_is_room_nobody_has_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitoring, "_MOST_CONNECTIONS", 8)
+
+    async def calls() -> None:
+        async with browsing(Shown()) as browser:
+            held = [await connected(browser.port, b"") for _ in range(7)]
+            assert (await browser.get("/livez")).text == "ok\n"
+            for reader, writer in held:
+                writer.write(b"GET /livez HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n")
+                assert (await reader.read()).endswith(b"ok\n")
+                writer.close()
+
+    run(calls())
+
+
 async def gone(writer: asyncio.StreamWriter) -> bool:
     """Whether the other end has let go of it: what is sent there sooner or later fails."""
     with suppress(ConnectionError):
