@@ -4,10 +4,8 @@
 demo: install
 	.venv/bin/python -m bench.demo
 
-# Two at a time; then those that measure traffic, alone. Both halves run, also when the first has failed.
 test: install
-	.venv/bin/pytest -m "not measures" --numprocesses=2 --dist=worksteal --junitxml=build/tests.xml; first=$$?; \
-	.venv/bin/pytest -m measures --junitxml=build/measures.xml && exit $$first
+	@tools/test
 
 # Made-up input for everything that reads some: rounds of it for so many SECONDS, each other than the one before.
 SECONDS ?= 600

@@ -31,7 +31,7 @@ from bench.fleet import CONTROL_ADDRESS, NODE_PORT, Daemon, Fleet, fleet, wait_f
 from bench.lab import in_namespace, run
 from bench.light import Call, LightNodes
 from bench.run import Places, make_page
-from bench.scale_page import MEBI, Churned, Measured, Results
+from bench.scale_page import MEGA, Churned, Measured, Results
 
 SIZES: Final = (Size(50), Size(500), Size(5000))
 _RATE: Final = 50.0
@@ -139,8 +139,8 @@ class Bed:
         return (self.master.cpu() - before) / (time.monotonic() - start)
 
     def memory(self) -> float:
-        """The master's memory, MiB."""
-        return round(self.master.memory() / MEBI, 1)
+        """The master's memory, MB."""
+        return round(self.master.memory() / MEGA, 1)
 
     def _relist(self) -> float:
         """Have the master list all pods again; how long that took, s."""
@@ -219,7 +219,7 @@ def measure(size: Size, spans: Spans, seed: int = _SEED) -> Measured:
         converged = built.converge()
         converging_cpu = built.master.cpu()
         time.sleep(spans.settle)
-        peak, steady = built.master.peak() / MEBI, built.memory()
+        peak, steady = built.master.peak() / MEGA, built.memory()
         nodes.calls()
         resting = built.rest(spans.rest)
         churned = built.churn(spans.churn)
@@ -246,7 +246,7 @@ def measure(size: Size, spans: Spans, seed: int = _SEED) -> Measured:
             silent=len(silent),
             cut=cut,
             mended=round(mended, 1),
-            highest=round(built.master.peak() / MEBI, 1),
+            highest=round(built.master.peak() / MEGA, 1),
             wrong=nodes.totals().wrong,
         )
 

@@ -149,10 +149,9 @@ class Limiter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._place = str(folder)  # a node has hundreds, and a Path costs as much as opening a pin
-        if not is_ours(folder):
+        if (names := _names(self._place)) is None:
             raise BrokenLimiterError("not made by bpfrl: look at it, and remove it")
-        missing = _PINS - set(os.listdir(folder))
-        if missing:
+        if missing := _PINS - names:
             raise BrokenLimiterError(f"{min(missing)} is missing: {_REPEAT}")
         try:
             with self._open(_IDENTITY[0]) as pinned:
@@ -378,7 +377,14 @@ def costs(folder: Path) -> dict[str, Cost]:
 
 def is_ours(folder: Path) -> bool:
     """False for a folder that something else has put under a pod's name: folders and links in it are none of ours."""
-    return all(entry.name in _OURS and entry.is_file(follow_symlinks=False) for entry in list(os.scandir(folder)))
+    return _names(str(folder)) is not None
+
+
+def _names(folder: str) -> set[str] | None:
+    """The pins in a folder; None for one that holds something else."""
+    with os.scandir(folder) as entries:
+        found = {entry.name: entry.is_file(follow_symlinks=False) for entry in entries}
+    return set(found) if found.keys() <= _OURS and all(found.values()) else None
 
 
 def leftovers(folder: Path) -> list[Path]:

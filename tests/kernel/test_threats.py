@@ -22,6 +22,7 @@ from bpfrl.rpc import authority
 from bpfrl.units import Rate
 from tests.kernel.conftest import attached, entries, flowing, limit, peer_end, pod_end, rates, until
 from tests.kernel.test_service import program
+from tests.measuring import unmeasured
 
 MBIT = 10**6
 LIMIT = 10 * MBIT
@@ -130,7 +131,7 @@ def test_a_cgroup_of_its_own_is_below_the_pods(bed: Lab) -> None:
 
 
 def as_nobody(bed: Lab, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"BPFRL_BPFFS": str(bed.bpffs), "BPFRL_CGROUP_ROOT": str(bed.cgroup_root)}
+    environment = unmeasured() | {"BPFRL_BPFFS": str(bed.bpffs), "BPFRL_CGROUP_ROOT": str(bed.cgroup_root)}
     # Without the bounding set it is no other user where user namespaces give nobody anything anyway.
     return subprocess.run(
         [*NOBODY, "--bounding-set=-all", "--inh-caps=-all", *command],
