@@ -80,9 +80,17 @@ def _symbols(
     names = sections[table.link]
     if names.kind != _STRTAB:
         return
-    labels = {name: name.encode() + b"\0" for name in wanted}
-    for number in range(table.size // _SYMBOL.size):
-        at, *entry = _SYMBOL.unpack_from(image, table.offset + number * _SYMBOL.size)
-        for name, label in labels.items():
-            if at + len(label) <= names.size and image.startswith(label, names.offset + at):
-                yield name, *entry
+    text = image[names.offset : names.offset + names.size]
+    labels = {at: name for name in wanted for at in _every(text, name.encode() + b"\0")}
+    whole = table.size - table.size % _SYMBOL.size
+    for at, *entry in _SYMBOL.iter_unpack(image[table.offset : table.offset + whole]):
+        if at in labels:
+            yield labels[at], *entry
+
+
+def _every(text: bytes, part: bytes) -> Iterator[int]:
+    """Each place where a part stands in a text; a name may be the end of another."""
+    at = text.find(part)
+    while at >= 0:
+        yield at
+        at = text.find(part, at + 1)
