@@ -327,26 +327,19 @@ def _connected(cluster: Cluster, port: int) -> list[int]:
 
 @_fault(
     Group.NETWORK,
-    "cable pulled",
-    "a node's link is down for 5 s: nothing is refused, and nothing answers",
-    lasts=5,
-    within=30,
-)
-def _cable_pulled(cluster: Cluster, _: ExitStack) -> Iterator[None]:
-    node = _victim(cluster)
-    node.disconnect()
-    yield
-    node.connect()
-
-
-@_fault(
-    Group.NETWORK,
     "partition",
     "a node's link is down for 60 s, longer than connections are kept alive",
     lasts=60,
     within=40,
 )
-def _partition(cluster: Cluster, _: ExitStack) -> Iterator[None]:
+@_fault(
+    Group.NETWORK,
+    "cable pulled",
+    "a node's link is down for 5 s: nothing is refused, and nothing answers",
+    lasts=5,
+    within=30,
+)
+def _link_down(cluster: Cluster, _: ExitStack) -> Iterator[None]:
     node = _victim(cluster)
     node.disconnect()
     yield

@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 # -mcpu=v3 has 32-bit arithmetic and jumps (Linux 5.1); -g makes the BTF that libbpf needs for maps.
 _FLAGS: Final = ("-target", "bpf", "-mcpu=v3", "-O2", "-g", "-Wall", "-Wextra", "-Werror")
+# As many of a build's as people are shown.
+BUILD_DIGITS: Final = 12
 _SOURCE_SUFFIXES: Final = (".c", ".h")
 _PROGRAM_SUFFIX: Final = ".bpf.c"
 # Beside the sources; each is named for the digest of what it was made of.

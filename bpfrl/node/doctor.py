@@ -35,7 +35,6 @@ _CAPABILITIES: Final = {"CAP_DAC_READ_SEARCH": 2, "CAP_NET_ADMIN": 12, "CAP_SYS_
 _TO_ADOPT: Final = {"CAP_SYS_PTRACE": 19}
 _SCRATCH: Final = "doctor"
 _TOOL_SECONDS: Final = 5.0
-_BUILD_DIGITS: Final = 12
 _AS_ROOT: Final = "run bpfrl as root"
 _INSTALL: Final = "apt-get install clang llvm libbpf-dev"
 # A program, and whether anything is limited without it.
@@ -186,7 +185,7 @@ def programs() -> Finding:
         try:
             image = generator.compile_object(source)
             with LoadedObject(image):
-                lines.append(f"{source} loads, build {hashlib.sha256(image).hexdigest()[:_BUILD_DIGITS]}")
+                lines.append(f"{source} loads, build {hashlib.sha256(image).hexdigest()[: generator.BUILD_DIGITS]}")
         except PermissionDeniedError as error:
             return Finding("programs", Mark.MISSING, (f"not tried: {error}",), _AS_ROOT)
         except BpfrlError as error:

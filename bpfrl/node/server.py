@@ -72,7 +72,6 @@ _MAY: Final[Mapping[str, tuple[str, ...]]] = {
     "list": (tls.MASTER, tls.OPERATOR),
     "explain": (tls.MASTER, tls.OPERATOR),
 }
-_BUILD_DIGITS: Final = 12
 _STAGES: Final = {Stage.LOADED: node_pb2.STAGE_LOADED, Stage.PINNED: node_pb2.STAGE_PINNED}
 
 
@@ -343,7 +342,7 @@ def _limiting(limits: Limits) -> Limits:
 
 
 def _unknown(build: bytes) -> UnknownProgramError:
-    shown, own = (each.hex()[:_BUILD_DIGITS] or "none" for each in (build, generator.build()))
+    shown, own = (each.hex()[: generator.BUILD_DIGITS] or "none" for each in (build, generator.build()))
     return UnknownProgramError(
         "this node takes the programs of its own version alone (--require-known-program), which are build"
         f" {own}; build {shown} came, or one with other numbers in it: have master and nodes run one version"

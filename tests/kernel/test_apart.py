@@ -74,7 +74,7 @@ def test_whatever_becomes_of_the_other_process_is_a_line_here(
         assert isinstance(caught.value, InvalidObjectError | KernelError)
         assert (attached(bed), entries(bed)) == ([], [])
         loader._end()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before  # some of earlier tests may close meanwhile
     # And the next one is none the worse for it.
     assert agent.attach(foreign, pod, bed.pod_cgroup) is Change.ATTACHED
     loader._end()

@@ -174,7 +174,7 @@ def test_refused_at_any_bpf_call(bed: Lab, name: str, refusal: str) -> None:
             assert [isinstance(found, Broken) for found in agent.limiters()] == [True]
             continue
         assert in_force(bed, agent) == (change.before if ended.code else change.after), f"after step {step}"
-        assert len(os.listdir("/proc/self/fd")) == descriptors
+        assert len(os.listdir("/proc/self/fd")) <= descriptors
         if not ended.met:
             break
     assert step > STRIDE
