@@ -238,7 +238,7 @@ def test_a_kernel_that_refuses_any_step_leaves_everything_as_it_was(bed: Lab, mo
                 except KernelError:
                     tried += 1
                     assert (attached(bed), entries(bed)) == ([], [])
-                    assert len(os.listdir("/proc/self/fd")) == descriptors
+                    assert len(os.listdir("/proc/self/fd")) <= descriptors
                 else:
                     break
         agent.detach(bed.pod_uid)
