@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from bench.lab import in_namespace, run
+from bench.lab import end, in_namespace, run
 
 _SOURCE: Final = Path(__file__).with_name("clock.c")
 _SECONDS: Final = 10.0
@@ -51,12 +51,7 @@ def system_calls(pid: int, *rules: str) -> Iterator[Injected]:
             yield injected
         finally:
             # Not SIGKILL: strace lets go of the process in order.
-            tracer.terminate()
-            try:
-                tracer.wait(_SECONDS)
-            except subprocess.TimeoutExpired:
-                tracer.kill()
-                tracer.wait()
+            end(tracer, _SECONDS)
             injected.met = trace.read().count(b"(INJECTED)")
 
 

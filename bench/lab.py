@@ -116,12 +116,7 @@ class Lab:
 
     def end(self, process: subprocess.Popen[str]) -> None:
         """End one process that :meth:`start` started."""
-        process.terminate()
-        try:
-            process.communicate(timeout=_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
+        end(process)
         self._processes.remove(process)
 
     def stop(self) -> None:
@@ -310,6 +305,16 @@ def wait_for_listener(namespace: str, port: int) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"nothing listens on port {port} after {_START_SECONDS} s")
         time.sleep(0.02)
+
+
+def end(process: subprocess.Popen[Any], seconds: float = _STOP_SECONDS) -> None:
+    """Ask a process to end, and see to it after so many seconds."""
+    process.terminate()
+    try:
+        process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
 
 
 def in_namespace(namespace: str, *command: str) -> list[str]:

@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from bench.lab import end
 from tests.kernels.debian import Kernel
 
 # What Debian 12's qemu brings, and where later ones have it.
@@ -25,7 +26,6 @@ _MODULES: Final = ("virtio_pci", "virtiofs", "overlay", "veth", "tcp_bbr", "tcp_
 _MEMORY: Final = "2G"
 _CPUS: Final = 2
 _START_SECONDS: Final = 10.0
-_STOP_SECONDS: Final = 5.0
 # What goes wrong before there are files comes out here, and what a command says on the other line.
 _CONSOLE, _OUTPUT = "console", "output"
 _INIT: Final = """\
@@ -122,12 +122,7 @@ def _files(scratch: Path) -> Iterator[Path]:
             time.sleep(0.02)
         yield socket
     finally:
-        server.terminate()
-        try:
-            server.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+        end(server)
 
 
 def _initramfs(kernel: Kernel, script: str, scratch: Path) -> Path:
