@@ -125,6 +125,10 @@ class Pod:
         self.asked, self.valid = rates, True
         self.good.add(rates)
 
+    def lose(self) -> None:
+        """It has no limit any more, and what cannot be meant does not bring back the last."""
+        self.good.add(None)
+
     def settle(self) -> None:
         """It has what it should have."""
         # What cannot be meant now may still be made what it asked for before: the master knows that, or not.
@@ -404,6 +408,12 @@ class Cluster:
                 self._end(pod)
                 self._start(pod)
 
+    def lose_limits(self, node: Node) -> None:
+        """All limits of a node have gone."""
+        for pod in self.pods.values():
+            if pod.node is node:
+                pod.lose()
+
     # What happens.
 
     def _plan(self) -> tuple[list[_Act], list[Fault]]:
@@ -540,6 +550,7 @@ class Cluster:
     def _end(self, pod: Pod) -> None:
         pod.node.end_pod(pod.uid)
         pod.cgroup = False
+        pod.lose()
 
     def _annotate(self, pod: Pod, rates: Rates | None) -> None:
         self.api.annotate(pod.name, _asking(rates))

@@ -400,6 +400,7 @@ def _umount(path: Path) -> None:
 def _bpffs_remounted(cluster: Cluster, _: ExitStack) -> Iterator[None]:
     node = _victim(cluster)
     _umount(node.bpffs)
+    cluster.lose_limits(node)
     run("mount", "-t", "bpf", "bpf", str(node.bpffs))
     yield
 

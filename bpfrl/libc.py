@@ -52,14 +52,15 @@ def open_kernfs(mounted: int, node: int) -> int:
     return _check(_libc.open_by_handle_at(mounted, ctypes.byref(handle), os.O_RDONLY | os.O_CLOEXEC))
 
 
-def limit_arenas(most: int) -> None:
-    """Have all threads allocate from so many arenas at most (mallopt(3)); to be called before there are threads.
+def share_arena() -> None:
+    """Have all threads allocate from one arena (mallopt(3)); to be called before there are threads.
 
-    glibc gives each thread an arena of its own, up to eight a CPU, and what is free in one is of no use to the others.
+    glibc gives each thread an arena of its own, up to eight a CPU, and what is free in one is of no use to the others:
+    beside the interpreter's lock, gRPC's dozen threads lose less by waiting for each other than by that.
     A libc that has no arenas is left as it is.
     """
     if hasattr(_libc, "mallopt"):
-        _libc.mallopt(_ARENA_MAX, most)
+        _libc.mallopt(_ARENA_MAX, 1)
 
 
 def give_back_memory() -> None:

@@ -90,7 +90,7 @@
 /* Those who follow the fair rate exactly are not to be paused by chance. */
 #define SHARE_PERCENT 125
 /* Keeps a product in 64 bits. */
-#define SHARE_GAIN_CEILING (1ULL << 24)
+#define SHARE_GAIN_CEILING (1LL << 24)
 
 struct bpfrl_limits limits SEC(".data.limits") = {};
 const volatile struct bpfrl_identity identity SEC(".rodata.identity") = {
@@ -182,13 +182,12 @@ static __always_inline bool over_share(struct __sk_buff *skb, const struct bpfrl
  * everyone. Refused, it counts as sent once, so that what follows is paced.
  */
 static __always_inline bool is_unpaced_burst(struct __sk_buff *skb,
-					     const struct bpfrl_limit *limit, __s64 backlog,
-					     __u64 segments)
+					     const struct bpfrl_limit *limit, __s64 backlog)
 {
 	struct bpf_sock *sk = skb->sk;
 	struct bpf_tcp_sock *tcp;
 
-	if (likely(segments == 1 || backlog <= limit->fresh_ns) || !sk)
+	if (likely(!skb->gso_size || backlog <= limit->fresh_ns) || !sk)
 		return false;
 	sk = bpf_sk_fullsock(sk);
 	if (!sk)
@@ -218,7 +217,6 @@ static __always_inline int judge(struct __sk_buff *skb, enum bpfrl_direction dir
 	__u32 key = direction;
 	struct bpfrl_counters *counter = bpf_map_lookup_elem(&counters, &key);
 
-	packet.segments = forget(packet.segments);
 	if (!counter)	/* cannot be: the key is within the map */
 		return PASS;
 	if (limit->rate_bits) {
@@ -226,9 +224,9 @@ static __always_inline int judge(struct __sk_buff *skb, enum bpfrl_direction dir
 		__s64 backlog = backlog_at(clock, limit, now);
 		bool unpaced, bulk = packet.bytes > SHORT_PACKET;
 
-		backlog = forget(cap_credit(clock, limit, now, backlog));
+		backlog = cap_credit(clock, limit, now, backlog);
 		if (direction == BPFRL_EGRESS && packet.protocol == IPPROTO_TCP &&
-		    is_unpaced_burst(skb, limit, backlog, packet.segments))
+		    is_unpaced_burst(skb, limit, backlog))
 			return EGRESS_REFUSE;
 		unpaced = direction == BPFRL_EGRESS && packet.protocol != IPPROTO_TCP;
 		if (unpaced && bulk)
@@ -360,19 +358,20 @@ static __always_inline bool is_ahead(struct bpf_sock_ops *ops, struct bpfrl_sock
 				     __u64 now)
 {
 	__u64 share = min(fair_rate(limit, mean) * SHARE_PERCENT / 100, limit->rate);
-	__u64 gained = min(ops->bytes_received - socket->received, SHARE_GAIN_CEILING);
+	__s64 came = ops->bytes_received - socket->received;
+	__u64 gained = max(min(came, SHARE_GAIN_CEILING), 0);
 	__u64 tat = socket->share_tat;
 
 	socket->received = ops->bytes_received;
 	if (unlikely(!tat)) {
 		/* New, or there before its limiter. Ever new ones are no way around
 		 * a share: the more the pod is behind, the nearer to its end each begins. */
-		tat = now + max(forget(min(behind, SHARE_LEAD_NS)), 0);
+		tat = now + max(min(behind, SHARE_LEAD_NS), 0);
 		gained = 0;
 	}
 	tat = max((__s64)(tat - now), -SHARE_CREDIT_NS) + now;
 	tat += gained * NSEC_PER_SEC / payload_rate(share);
-	tat = forget(min((__s64)(tat - now), 2 * SHARE_LEAD_NS) + now);
+	tat = min((__s64)(tat - now), 2 * SHARE_LEAD_NS) + now;
 	socket->share_tat = tat;
 	return (__s64)(tat - now) > SHARE_LEAD_NS;
 }
@@ -412,12 +411,11 @@ static __always_inline void open_window(struct bpf_sock_ops *ops, struct bpfrl_s
 	__u64 now = bpf_ktime_get_ns();
 	__s64 backlog = backlog_now(BPFRL_INGRESS, now);
 	__u64 rtt_us = min(ops->srtt_us >> 3, RTT_CEILING_US);
-	__u64 least = least_window(ops);
+	__u64 smallest = least_window(ops);
 	__u64 steady = steady_rate(clock, limit, backlog, now);
 	__u64 fair = rtt_us < CWND_NEAR_US ? fair_rate(limit, backlog) : steady;
 	__s64 behind = backlog - limit->share_ns;
-	bool ahead = forget(is_ahead(ops, socket, limit, READ_ONCE(clock->mean_backlog), behind,
-				     now));
+	bool ahead = is_ahead(ops, socket, limit, READ_ONCE(clock->mean_backlog), behind, now);
 	__u64 window = fair * (rtt_us + RTT_SLACK_US) / USEC_PER_SEC;
 	struct tcp_sock *tcp = tcp_of(ops);
 	__u32 current, value;
@@ -429,13 +427,13 @@ static __always_inline void open_window(struct bpf_sock_ops *ops, struct bpfrl_s
 	if (!socket->window || current != socket->window)
 		socket->own_window = current;
 	/* Not with a segment of data: it has no room for the padding. */
-	if (!ops->skb_len && ahead && behind > 0 && (window < least || rtt_us < RTT_SLACK_US)) {
+	if (!ops->skb_len && ahead && behind > 0 && (window < smallest || rtt_us < RTT_SLACK_US)) {
 		set_window(ops, socket, WINDOW_PAUSE);
 		/* Asks for a call when the header has been written: see reopen_window(). */
 		bpf_reserve_hdr_opt(ops, PAUSE_OPTION_BYTES, 0);
 		return;
 	}
-	value = min(min(forget(max(window, least)), WINDOW_CEILING), socket->own_window);
+	value = min(min(max(window, smallest), WINDOW_CEILING), socket->own_window);
 	if (value > current + current / WINDOW_STEP || value < current - current / WINDOW_STEP)
 		set_window(ops, socket, value);
 }

@@ -115,7 +115,8 @@ static __always_inline struct tcp_sock *tcp_of(struct bpf_sock_ops *ops)
 static __always_inline void heed_application(struct tcp_sock *tcp, struct bpfrl_socket *socket)
 {
 	__u64 rate = tcp ? tcp->inet_conn.icsk_inet.sk.sk_max_pacing_rate : 0;
-	__u32 value = rate ? min(rate, PACING_UNLIMITED) : PACING_UNLIMITED;
+	/* 0 is none, and as much as the highest. */
+	__u32 value = rate - 1 < PACING_UNLIMITED ? rate : PACING_UNLIMITED;
 
 	if (!socket->pacing || value != socket->pacing) {
 		socket->own_pacing = value;
@@ -141,7 +142,7 @@ static __always_inline __u32 pacing_rate(__u64 rate)
 static __always_inline void pace(void *context, struct bpfrl_socket *socket)
 {
 	/* 0 is the highest here. */
-	__u32 limit = forget(min(socket->fair - 1, socket->asked - 1));
+	__u32 limit = min(socket->fair - 1, socket->asked - 1);
 	/* To the kernel, 0 is no pacing at all. */
 	__u32 value = max(min(limit, socket->own_pacing), 1);
 

@@ -105,6 +105,7 @@ async def serve(
         KernelError: an address, or a BPF file system, cannot be had.
         PermissionDeniedError: this needs root.
     """
+    libc.share_arena()
     async with AsyncExitStack() as stack:
         observer = await _monitor(monitoring, agent, certificates, stack) if monitoring else UNOBSERVED
         await _serve(agent, tree, address, certificates, observer, cooperate=cooperate, known_only=known_only)

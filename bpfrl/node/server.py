@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -62,6 +63,8 @@ _LARGEST_PROGRAM_BYTES: Final = 2**20
 _MOST_WORKERS: Final = 4
 # On a bad line a limiter takes a second or two.
 _TRANSFER_SECONDS: Final = 20.0
+# Twice as many as a master makes. One on its way takes memory for all that may come in it.
+_MOST_TRANSFERS: Final = 16
 # The master asks again; calls that wait for nothing do not pile up here.
 _LONGEST_WAIT_SECONDS: Final = 300.0
 # Which roles may make which call, by the word that refusals and the log have for it.
@@ -127,6 +130,7 @@ class NodeService(NodeServicer):
         self._refusals = explain.Refusals()
         workers = min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
         self._worker = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="agent")
+        self._transfers = asyncio.Semaphore(_MOST_TRANSFERS)
         self._listing = asyncio.Lock()
         self._next_list: asyncio.Task[node_pb2.ListReply] | None = None
         # Who only looks, which may mean at every socket of the node, keeps nobody from being limited.
@@ -145,8 +149,9 @@ class NodeService(NodeServicer):
             call.begins()
             change = await self._keep(pod, limits, header.build, path)
             if change is None:
-                yield node_pb2.AttachReply(stage=node_pb2.STAGE_PROCEED)
-                image = await _receive(request_iterator, header)
+                async with self._transfers:
+                    yield node_pb2.AttachReply(stage=node_pb2.STAGE_PROCEED)
+                    image = await _receive(request_iterator, header)
                 _compare(image, header, limits)
                 if self._known_only and not generator.is_known(image):
                     raise _unknown(header.build)
@@ -309,6 +314,8 @@ class NodeService(NodeServicer):
             call.result = grpc.StatusCode.OK.name
             self._refusals.forget(call.uid)
         except BpfrlError as error:
+            # gRPC's call and its end hold each other, and with them, until garbage is looked for, all that came.
+            traceback.clear_frames(error.__traceback__)
             call.result = statuses.code_of(error).name
             if call.uid:
                 self._refusals.remember(call.uid, what, error)

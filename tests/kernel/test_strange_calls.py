@@ -215,7 +215,9 @@ def test_calls_of_any_order_leave_what_a_model_has(
         return {each.pod.uid: each.limits for each in found}
 
     asyncio.run(calls())
-    assert "Traceback" not in caplog.text
+    for record in caplog.records:
+        # gRPC tells of the event loop of a test before this one, which has ended.
+        assert not record.exc_info or "PollerCompletionQueue" in record.getMessage(), caplog.text
     for found in Agent(bed.bpffs).limiters():
         assert isinstance(found, Status)
         assert cgroup.path_of(found.cgroup_id)

@@ -146,6 +146,8 @@ class Limiter(Program):
             ("fair_rate_of", c_uint64, (ctypes.POINTER(LimitData), c_int64)),
             ("rescale_of", c_int64, (ctypes.POINTER(Clock), ctypes.POINTER(LimitData), c_int64)),
             ("charge_of", None, (ctypes.POINTER(Clock), ctypes.POINTER(LimitData), c_uint64)),
+            ("least_of", c_int64, (c_int64, c_int64)),
+            ("greatest_of", c_int64, (c_int64, c_int64)),
         ):
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments

@@ -218,6 +218,16 @@ void charge_of(struct clock *clock, const struct bpfrl_limit *limit, __u64 bytes
 {
 	charge(clock, limit, bytes);
 }
+
+__s64 least_of(__s64 a, __s64 b)
+{
+	return min(a, b);
+}
+
+__s64 greatest_of(__s64 a, __s64 b)
+{
+	return max(a, b);
+}
 #endif
 
 void __ubsan_handle_mul_overflow_minimal(void)

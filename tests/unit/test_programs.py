@@ -18,6 +18,8 @@ from tests.unit.native import OPERATIONS, OWN_WINDOW, UNLIMITED, Clock, Limiter,
 from tests.unit.test_law import MS, NS, RATES, Law, both, bursts, lengths, longest_backlog, rates
 
 DAY = 86_400 * NS
+# No two of these are further apart than 64 bits can say.
+halves = st.integers(-(2**62), 2**62 - 1)
 PAUSE = constant("WINDOW_PAUSE", "limiter.bpf.c")
 SLOW, FAST = Rate(10**7), Rate(10**9)
 
@@ -86,6 +88,15 @@ def test_a_changed_limit_leaves_everyones_share_of_it(
     here.library.rescale_of(byref(clock), byref(limit), 0)
     assert clock.mean_fair == pytest.approx(before * new.bits / old.bits, rel=0.02, abs=1 + new.bits / 2**16)
     assert counted(here) == (0, 0)
+
+
+@given(a=halves, b=halves)
+def test_the_lesser_and_the_greater_are_found_without_a_branch(
+    built: tuple[Limiter, Program], a: int, b: int
+) -> None:
+    library = built[0].library
+    assert (library.least_of(a, b), library.greatest_of(a, b)) == (min(a, b), max(a, b))
+    assert (library.least_of(a, a), library.greatest_of(a, a)) == (a, a)
 
 
 def run_clocks(here: Limiter) -> None:
