@@ -91,19 +91,19 @@ class _Nodes(node_pb2_grpc.NodeServicer):
         limiter = node_pb2.Limiter(
             pod=header.pod, limits=header.limits, build=header.build, cgroup_id=1, attached_at=time.time()
         )
+        stages: list[node_pb2.Stage.ValueType] = []
         if before is None or before.build != header.build:
-            yield node_pb2.AttachReply(stage=node_pb2.STAGE_PROCEED)
+            yield node_pb2.AttachReply(stages=[node_pb2.STAGE_PROCEED])
             image = b"".join([request.chunk async for request in request_iterator])
             if hashlib.sha256(image).digest() != header.sha256:
                 self.totals.wrong += 1
                 await context.abort(grpc.StatusCode.DATA_LOSS, "this is not what was announced")
-            for stage in (node_pb2.STAGE_RECEIVED, node_pb2.STAGE_LOADED, node_pb2.STAGE_PINNED):
-                yield node_pb2.AttachReply(stage=stage)
+            stages = [node_pb2.STAGE_RECEIVED, node_pb2.STAGE_LOADED, node_pb2.STAGE_PINNED]
         change = node_pb2.CHANGE_ATTACHED
         if before:
             change = node_pb2.CHANGE_UNCHANGED if before.limits == header.limits else node_pb2.CHANGE_UPDATED
         self.has[address][header.pod.uid] = limiter
-        yield node_pb2.AttachReply(stage=node_pb2.STAGE_ATTACHED, change=change)
+        yield node_pb2.AttachReply(stages=[*stages, node_pb2.STAGE_ATTACHED], change=change)
 
     async def Update(self, request: node_pb2.UpdateRequest, context: _Context) -> node_pb2.Done:  # noqa: N802
         """As node.proto says."""

@@ -160,9 +160,8 @@ static __always_inline __s64 averaged(__s64 mean, __s64 value, __u64 elapsed)
  * a second begins anew.
  */
 static __always_inline __u64 steady_rate(struct clock *clock, const struct bpfrl_limit *limit,
-					 __s64 backlog, __u64 now)
+					 __u64 fair, __s64 backlog, __u64 now)
 {
-	__u64 fair = fair_rate(limit, backlog);
 	__u64 mean = min(READ_ONCE(clock->mean_fair), limit->fair_cap);
 	__u64 elapsed = now - READ_ONCE(clock->mean_ns), steady;
 

@@ -343,8 +343,8 @@ def _measured(image: bytes) -> tuple[_Places, bytes]:
     """
     global _last  # noqa: PLW0603
     last = _last  # the daemon's threads look at objects side by side
-    places = _parse(image)  # its own: another's may be anywhere
-    if last is None or last[1] != places or not _is_like(image, *last[:2]):
+    if last is None or not _is_like(image, *last[:2]):
+        places = _parse(image)
         blank = bytearray(image)
         _write(blank, places.limits, LimitsData())
         _write(blank, places.identity, IdentityData(LAYOUT))

@@ -41,6 +41,7 @@ from ctypes import (
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final, NamedTuple, NoReturn, Self, TypeVar
 
 from bpfrl.errors import BrokenLimiterError, InvalidObjectError, KernelError, PermissionDeniedError, VerifierError
@@ -286,6 +287,20 @@ _PROTOTYPES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "bpf_iter_create": (c_int, (c_int,)),
     "bpf_map_lookup_elem": (c_int, (c_int, c_void_p, c_void_p)),
     "bpf_map_update_elem": (c_int, (c_int, c_void_p, c_void_p, c_uint64)),
+}
+
+# What takes milliseconds, or waits for others who change cgroups: Python's other threads run meanwhile.
+_WAITING: Final = {
+    "bpf_prog_load",
+    "bpf_object__open_mem",
+    "bpf_object__load",
+    "bpf_object__close",
+    "libbpf_find_vmlinux_btf_id",
+    "bpf_link_create",
+    "bpf_link_update",
+    "bpf_link_detach",
+    "bpf_prog_query",
+    "bpf_iter_create",
 }
 
 
@@ -926,15 +941,17 @@ def _plain(text: str) -> str:
 
 @cache
 def _lib() -> Any:
-    lib = _library()
-    for name, (result, arguments) in _PROTOTYPES.items():
-        function = getattr(lib, name)
-        function.restype, function.argtypes = result, arguments
-    lib.libbpf_set_print(None)  # the reasons come back in errno and the log
-    return lib
+    waiting = _library()
+    # A thread that lets the interpreter go for some microseconds waits for longer until it has it back.
+    quick = ctypes.PyDLL(waiting._name, use_errno=True)  # noqa: SLF001 - documented, as all of ctypes' names like it
+    functions = {name: getattr(waiting if name in _WAITING else quick, name) for name in _PROTOTYPES}
+    for name, function in functions.items():
+        function.restype, function.argtypes = _PROTOTYPES[name]
+    functions["libbpf_set_print"](None)  # the reasons come back in errno and the log
+    return SimpleNamespace(**functions)
 
 
-def _library() -> Any:
+def _library() -> ctypes.CDLL:
     with suppress(OSError):
         return ctypes.CDLL(_LIBRARY, use_errno=True)
     try:
@@ -944,4 +961,5 @@ def _library() -> Any:
             "libbpf is missing: apt-get install python3-bpfcc, and make the virtual environment"
             " with /usr/bin/python3 -m venv --system-site-packages"
         ) from error
-    return lib
+    found: ctypes.CDLL = lib
+    return found

@@ -299,44 +299,38 @@ static __always_inline __u64 rate_of_turn(const struct bpf_sock_ops *ops,
 }
 
 /*
- * A segment is about to leave. Setting the option lowers the pacing rate at once, which
- * is what holds this segment; but it raises it only with the next ACK, and by then
+ * A connection begins, or a segment is about to leave. Setting the option lowers the pacing rate
+ * at once, which is what holds this segment; but it raises it only with the next ACK, and by then
  * the backlog may be gone: a socket caught at a low moment would stay there. So
  * right after, the option is set to somewhat more than the mean of all.
  */
-static __always_inline void pace_segment(struct bpf_sock_ops *ops, struct bpfrl_socket *socket)
+static __always_inline void pace_sender(struct bpf_sock_ops *ops, struct bpfrl_socket *socket)
 {
 	const struct bpfrl_limit *limit = &limits.direction[BPFRL_EGRESS];
 	struct clock *clock = &clocks[BPFRL_EGRESS];
 	__u64 now = bpf_ktime_get_ns();
 	__s64 backlog = backlog_now(BPFRL_EGRESS, now);
-	__u64 fair = fair_rate(limit, backlog);
-	__u64 mean = READ_ONCE(clock->mean_fair), counted = min(fair, limit->fair_cap);
-	__u64 let_up;
+	__u64 fair = fair_rate(limit, backlog), let_up = 0;
 
-	mean = mean ? mean - (mean >> 3) + (counted >> 3) : counted;
-	WRITE_ONCE(clock->mean_fair, mean);
-	WRITE_ONCE(clock->paced_at, now >> AT_SHIFT);
-	let_up = max(fair, min(mean + (mean >> 2), limit->fair_cap));
+	if (READ_ONCE(ops->op) == BPF_SOCK_OPS_HDR_OPT_LEN_CB) {
+		__u64 mean = READ_ONCE(clock->mean_fair), counted = min(fair, limit->fair_cap);
 
-	fair = max(fair, rate_of_turn(ops, limit, backlog));
+		mean = mean ? mean - (mean >> 3) + (counted >> 3) : counted;
+		WRITE_ONCE(clock->mean_fair, mean);
+		WRITE_ONCE(clock->paced_at, now >> AT_SHIFT);
+		let_up = max(fair, min(mean + (mean >> 2), limit->fair_cap));
+		fair = max(fair, rate_of_turn(ops, limit, backlog));
+	}
 	heed_application(tcp_of(ops), socket);
 	socket->fair = pacing_rate(fair);
 	pace(ops, socket);
+	if (!let_up)
+		return;
 	if (let_up > fair) {
 		socket->fair = pacing_rate(let_up);
 		pace(ops, socket);
 	}
 	clamp_cwnd(ops, socket);
-}
-
-/* A connection begins. */
-static __always_inline void pace_connection(struct bpf_sock_ops *ops, struct bpfrl_socket *socket)
-{
-	__s64 backlog = backlog_now(BPFRL_EGRESS, bpf_ktime_get_ns());
-
-	socket->fair = pacing_rate(fair_rate(&limits.direction[BPFRL_EGRESS], backlog));
-	pace(ops, socket);
 }
 
 /* There is no limit to what the pod sends. */
@@ -412,14 +406,17 @@ static __always_inline void open_window(struct bpf_sock_ops *ops, struct bpfrl_s
 	__s64 backlog = backlog_now(BPFRL_INGRESS, now);
 	__u64 rtt_us = min(ops->srtt_us >> 3, RTT_CEILING_US);
 	__u64 smallest = least_window(ops);
-	__u64 steady = steady_rate(clock, limit, backlog, now);
-	__u64 fair = rtt_us < CWND_NEAR_US ? fair_rate(limit, backlog) : steady;
+	__u64 fair = fair_rate(limit, backlog);
+	__u64 steady = steady_rate(clock, limit, fair, backlog, now);
 	__s64 behind = backlog - limit->share_ns;
 	bool ahead = is_ahead(ops, socket, limit, READ_ONCE(clock->mean_backlog), behind, now);
-	__u64 window = fair * (rtt_us + RTT_SLACK_US) / USEC_PER_SEC;
 	struct tcp_sock *tcp = tcp_of(ops);
 	__u32 current, value;
+	__u64 window;
 
+	if (rtt_us >= CWND_NEAR_US)
+		fair = steady;
+	window = fair * (rtt_us + RTT_SLACK_US) / USEC_PER_SEC;
 	socket->offer = min(fair >> OFFER_SHIFT, 0xffffffffULL);
 	if (!rtt_us || !tcp)
 		return;
@@ -504,12 +501,11 @@ int bpfrl_sockops(struct bpf_sock_ops *ops)
 			ops->reply = INITIAL_WINDOW;
 		return 1;
 	case BPF_SOCK_OPS_TCP_LISTEN_CB:
-		if (is_limited(BPFRL_INGRESS))
-			choose_window_scale(ops);
-		return 1;
 	case BPF_SOCK_OPS_TCP_CONNECT_CB:
 		if (is_limited(BPFRL_INGRESS))
 			choose_window_scale(ops);
+		if (READ_ONCE(ops->op) == BPF_SOCK_OPS_TCP_LISTEN_CB)
+			return 1;
 		/* fallthrough */
 	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
@@ -526,10 +522,8 @@ int bpfrl_sockops(struct bpf_sock_ops *ops)
 		return 1;
 	if (!is_limited(BPFRL_EGRESS))
 		let_go(ops, socket);
-	else if (READ_ONCE(ops->op) != BPF_SOCK_OPS_HDR_OPT_LEN_CB)
-		pace_connection(ops, socket);
-	else if (ops->skb_len)
-		pace_segment(ops, socket);
+	else if (READ_ONCE(ops->op) != BPF_SOCK_OPS_HDR_OPT_LEN_CB || ops->skb_len)
+		pace_sender(ops, socket);
 	if (!is_limited(BPFRL_INGRESS))
 		release_receiver(ops, socket);
 	else if (is_received_on(ops, socket))

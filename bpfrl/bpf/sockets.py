@@ -11,6 +11,7 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -18,7 +19,7 @@ from bpfrl import cgroup, libc
 from bpfrl.bpf import generator, libbpf
 from bpfrl.bpf.layout import SOCKET_BYTES, VisitData
 from bpfrl.bpf.libbpf import Descriptor, LoadedObject, MapShape, MapType
-from bpfrl.errors import BpfrlError, CompilerError, KernelError, VerifierError
+from bpfrl.errors import BpfrlError, BrokenLimiterError, CompilerError, KernelError, VerifierError
 
 log = logging.getLogger(__name__)
 
@@ -102,13 +103,22 @@ def count(storage: Descriptor, path: Path) -> Counted:
     return Counted(found.done, found.paced)
 
 
+# A folder in which the map was found: with hundreds of pods, looking for one takes longer than opening it.
+_lately: Path | None = None
+
+
 def shared(bpffs: Path) -> dict[str, Descriptor]:
     """The node's map of what sockets carry, by its name, if anything pinned there has it; the caller closes it."""
-    for name in libbpf.folders(bpffs):
-        with suppress(KernelError), ExitStack() as stack:
-            found = stack.enter_context(libbpf.open_pinned(bpffs / name / STORAGE))
+    global _lately  # noqa: PLW0603
+    lately = _lately
+    for folder in chain([lately] if lately else (), map(bpffs.joinpath, libbpf.folders(bpffs))):
+        with suppress(KernelError, BrokenLimiterError), ExitStack() as stack:
+            if folder.parent != bpffs or not libbpf.is_folder(folder):
+                continue
+            found = stack.enter_context(libbpf.open_pinned(folder / STORAGE))
             if libbpf.has_shape(found, SHAPE):
                 stack.pop_all()
+                _lately = folder
                 return {STORAGE: found}
     return {}
 

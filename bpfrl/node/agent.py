@@ -123,6 +123,10 @@ class Agent:
                         loaded = stack.enter_context(limiter.load(labelled, self.bpffs))
             yield number, loaded
 
+    def has(self, uid: str) -> bool:
+        """True where a pod may have a limiter: a look that waits for nobody, and says nothing of what it is."""
+        return os.path.lexists(self.bpffs / uid)
+
     def runs(self, pod: PodRef, path: Path, build: bytes) -> bool:
         """True where a pod has the programs of a build on its cgroup, so that only its limits may have to change.
 

@@ -15,6 +15,7 @@ import logging
 import os
 import time
 import traceback
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -56,10 +57,12 @@ refusals.addFilter(logs.Sparing())
 Result = TypeVar("Result")
 _Context = grpc.aio.ServicerContext[Any, Any]
 _Requests = AsyncIterator[node_pb2.AttachRequest]
+_Stages = deque["node_pb2.Stage.ValueType"]
 
 # A limiter has 24 KB.
 _LARGEST_PROGRAM_BYTES: Final = 2**20
-# What the kernel does for one pod takes milliseconds; a master makes eight calls at a time.
+# What the kernel does for one pod takes milliseconds; a master makes eight calls at a time. One is more than there are
+# CPUs, for those that wait for the lock.
 _MOST_WORKERS: Final = 4
 # On a bad line a limiter takes a second or two.
 _TRANSFER_SECONDS: Final = 20.0
@@ -75,6 +78,8 @@ _MAY: Final[Mapping[str, tuple[str, ...]]] = {
     "list": (tls.MASTER, tls.OPERATOR),
     "explain": (tls.MASTER, tls.OPERATOR),
 }
+# An attach takes some milliseconds, and each message to tell of it half of one.
+_UNTOLD_SECONDS: Final = 0.1
 _STAGES: Final = {Stage.LOADED: node_pb2.STAGE_LOADED, Stage.PINNED: node_pb2.STAGE_PINNED}
 
 
@@ -128,7 +133,7 @@ class NodeService(NodeServicer):
         self._known_only = known_only
         self._observer = observer
         self._refusals = explain.Refusals()
-        workers = min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
+        workers = min(len(os.sched_getaffinity(0)) + 1, _MOST_WORKERS)
         self._worker = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="agent")
         self._transfers = asyncio.Semaphore(_MOST_TRANSFERS)
         self._listing = asyncio.Lock()
@@ -147,23 +152,26 @@ class NodeService(NodeServicer):
                 raise _unknown(header.build)
             path = await self._cgroup(pod.uid, header.wait_ms / 1000)
             call.begins()
+            stages = _Stages()
             change = await self._keep(pod, limits, header.build, path)
             if change is None:
                 async with self._transfers:
-                    yield node_pb2.AttachReply(stage=node_pb2.STAGE_PROCEED)
+                    yield node_pb2.AttachReply(stages=[node_pb2.STAGE_PROCEED])
                     image = await _receive(request_iterator, header)
                 _compare(image, header, limits)
                 if self._known_only and not generator.is_known(image):
                     raise _unknown(header.build)
-                yield node_pb2.AttachReply(stage=node_pb2.STAGE_RECEIVED)
-                stages: asyncio.Queue[Stage | None] = asyncio.Queue()
+                stages.append(node_pb2.STAGE_RECEIVED)
                 attached = self._start_attach(image, pod, path, stages)
-                while stage := await stages.get():
-                    yield node_pb2.AttachReply(stage=_STAGES[stage])
+                while not attached.done():
+                    await asyncio.wait({attached}, timeout=_UNTOLD_SECONDS)
+                    if stages and not _has_succeeded(attached):
+                        yield node_pb2.AttachReply(stages=_taken(stages))
                 change = await attached
             call.change = change
             log.info("%s %s: %s", pod, change.value, limits)
-            yield node_pb2.AttachReply(stage=node_pb2.STAGE_ATTACHED, change=messages.from_change(change))
+            stages.append(node_pb2.STAGE_ATTACHED)
+            yield node_pb2.AttachReply(stages=_taken(stages), change=messages.from_change(change))
 
     async def Update(  # noqa: N802
         self, request: node_pb2.UpdateRequest, context: _Context
@@ -274,28 +282,19 @@ class NodeService(NodeServicer):
 
     async def _keep(self, pod: PodRef, limits: Limits, build: bytes, path: Path) -> Change | None:
         """Change the limits of a pod that runs this very program; None if it does not."""
-        if not await self._do(self._agent.runs, pod, path, build):
+        if not self._agent.has(pod.uid) or not await self._do(self._agent.runs, pod, path, build):
             return None
         try:
             return await self._do(self._agent.update, pod.uid, limits)
         except NotLimitedError:  # gone between the two
             return None
 
-    def _start_attach(
-        self, image: bytes, pod: PodRef, path: Path, stages: asyncio.Queue[Stage | None]
-    ) -> asyncio.Future[Change]:
+    def _start_attach(self, image: bytes, pod: PodRef, path: Path, stages: _Stages) -> asyncio.Future[Change]:
+        def report(stage: Stage) -> None:
+            stages.append(_STAGES[stage])
+
         loop = asyncio.get_running_loop()
-
-        def put(stage: Stage | None) -> None:
-            loop.call_soon_threadsafe(stages.put_nowait, stage)
-
-        def attach() -> Change:
-            try:
-                return self._agent.attach(image, pod, path, put)
-            finally:
-                put(None)
-
-        attached = loop.run_in_executor(self._worker, attach)
+        attached = loop.run_in_executor(self._worker, self._agent.attach, image, pod, path, report)
         # Where the caller has gone meanwhile, nobody asks how it went.
         attached.add_done_callback(lambda done: done.cancelled() or done.exception())
         return attached
@@ -334,6 +333,15 @@ class NodeService(NodeServicer):
         finally:
             result = call.change.name.lower() if call.change else call.result
             self._observer.answered(what, result, time.monotonic() - call.began)
+
+
+def _has_succeeded(attached: asyncio.Future[Change]) -> bool:
+    return attached.done() and not attached.cancelled() and attached.exception() is None
+
+
+def _taken(stages: _Stages) -> list[node_pb2.Stage.ValueType]:
+    """What there is to tell, once; more may come meanwhile."""
+    return [stages.popleft() for _ in range(len(stages))]
 
 
 def _admit(roles: list[str], what: str) -> None:

@@ -119,11 +119,11 @@ class NodeClient:
             try:
                 await _write(stream, node_pb2.AttachRequest(header=header))
                 async for reply in _replies(stream):
-                    if reply.stage == node_pb2.STAGE_PROCEED:
+                    if node_pb2.STAGE_PROCEED in reply.stages:
                         for start in range(0, len(image), _CHUNK_BYTES):
                             await _write(stream, node_pb2.AttachRequest(chunk=image[start : start + _CHUNK_BYTES]))
                         await _end(stream)
-                    elif reply.stage == node_pb2.STAGE_ATTACHED:
+                    elif node_pb2.STAGE_ATTACHED in reply.stages:
                         change = messages.to_change(reply.change)
             finally:
                 stream.cancel()

@@ -24,17 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x62pfrl/rpc/node.proto\x12\x08\x62pfrl.v1\"3\n\x03Pod\x12\x0b\n\x03uid\x18\x01 \x01(\t\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\"^\n\x06Limits\x12\x1e\n\x16\x65gress_bits_per_second\x18\x01 \x01(\x04\x12\x1f\n\x17ingress_bits_per_second\x18\x02 \x01(\x04\x12\x13\n\x0b\x62urst_bytes\x18\x03 \x01(\x04\"\x84\x01\n\x06Header\x12\x1a\n\x03pod\x18\x01 \x01(\x0b\x32\r.bpfrl.v1.Pod\x12 \n\x06limits\x18\x02 \x01(\x0b\x32\x10.bpfrl.v1.Limits\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\x12\r\n\x05\x62uild\x18\x05 \x01(\x0c\x12\x0f\n\x07wait_ms\x18\x06 \x01(\r\"L\n\rAttachRequest\x12\"\n\x06header\x18\x01 \x01(\x0b\x32\x10.bpfrl.v1.HeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04step\"O\n\x0b\x41ttachReply\x12\x1e\n\x05stage\x18\x01 \x01(\x0e\x32\x0f.bpfrl.v1.Stage\x12 \n\x06\x63hange\x18\x02 \x01(\x0e\x32\x10.bpfrl.v1.Change\">\n\rUpdateRequest\x12\x0b\n\x03uid\x18\x01 \x01(\t\x12 \n\x06limits\x18\x02 \x01(\x0b\x32\x10.bpfrl.v1.Limits\"\x1c\n\rDetachRequest\x12\x0b\n\x03uid\x18\x01 \x01(\t\"(\n\x04\x44one\x12 \n\x06\x63hange\x18\x01 \x01(\x0e\x32\x10.bpfrl.v1.Change\"\r\n\x0bListRequest\"g\n\x07Traffic\x12\x16\n\x0epassed_packets\x18\x01 \x01(\x04\x12\x14\n\x0cpassed_bytes\x18\x02 \x01(\x04\x12\x17\n\x0f\x64ropped_packets\x18\x03 \x01(\x04\x12\x15\n\rdropped_bytes\x18\x04 \x01(\x04\"\xe6\x01\n\x07Limiter\x12\x1a\n\x03pod\x18\x01 \x01(\x0b\x32\r.bpfrl.v1.Pod\x12\x0e\n\x06\x62roken\x18\x02 \x01(\t\x12 \n\x06limits\x18\x03 \x01(\x0b\x32\x10.bpfrl.v1.Limits\x12!\n\x06\x65gress\x18\x04 \x01(\x0b\x32\x11.bpfrl.v1.Traffic\x12\"\n\x07ingress\x18\x05 \x01(\x0b\x32\x11.bpfrl.v1.Traffic\x12\x11\n\tcgroup_id\x18\x06 \x01(\x04\x12\x13\n\x0b\x61ttached_at\x18\x07 \x01(\x01\x12\r\n\x05\x62uild\x18\x08 \x01(\x0c\x12\x0f\n\x07\x61\x64opted\x18\t \x01(\x08\"0\n\tListReply\x12#\n\x08limiters\x18\x01 \x03(\x0b\x32\x11.bpfrl.v1.Limiter\"\x1d\n\x0e\x45xplainRequest\x12\x0b\n\x03uid\x18\x01 \x01(\t\"j\n\x07Program\x12\x0c\n\x04hook\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\r\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0b\n\x03tag\x18\x04 \x01(\x0c\x12\x0c\n\x04kind\x18\x05 \x01(\t\x12\x0e\n\x06\x63group\x18\x06 \x01(\t\x12\x0c\n\x04mode\x18\x07 \x01(\t\"\'\n\x07Sockets\x12\r\n\x05known\x18\x01 \x01(\x04\x12\r\n\x05paced\x18\x02 \x01(\x04\"3\n\x07Refusal\x12\n\n\x02\x61t\x18\x01 \x01(\x01\x12\x0c\n\x04\x63\x61ll\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xfb\x01\n\x0c\x45xplainReply\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06\x63group\x18\x02 \x01(\t\x12\x11\n\tno_cgroup\x18\x03 \x01(\t\x12\"\n\x07limiter\x18\x04 \x01(\x0b\x32\x11.bpfrl.v1.Limiter\x12#\n\x08programs\x18\x05 \x03(\x0b\x32\x11.bpfrl.v1.Program\x12\x12\n\ncooperates\x18\x06 \x01(\x08\x12\"\n\x07sockets\x18\x07 \x01(\x0b\x32\x11.bpfrl.v1.Sockets\x12\x12\n\nno_sockets\x18\x08 \x01(\t\x12\"\n\x07refusal\x18\t \x01(\x0b\x32\x11.bpfrl.v1.Refusal*}\n\x05Stage\x12\x15\n\x11STAGE_UNSPECIFIED\x10\x00\x12\x11\n\rSTAGE_PROCEED\x10\x01\x12\x12\n\x0eSTAGE_RECEIVED\x10\x02\x12\x10\n\x0cSTAGE_LOADED\x10\x03\x12\x10\n\x0cSTAGE_PINNED\x10\x04\x12\x12\n\x0eSTAGE_ATTACHED\x10\x05*\x87\x01\n\x06\x43hange\x12\x16\n\x12\x43HANGE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x43HANGE_ATTACHED\x10\x01\x12\x12\n\x0e\x43HANGE_UPDATED\x10\x02\x12\x14\n\x10\x43HANGE_UNCHANGED\x10\x03\x12\x13\n\x0f\x43HANGE_DETACHED\x10\x04\x12\x11\n\rCHANGE_ABSENT\x10\x05\x32\x9b\x02\n\x04Node\x12<\n\x06\x41ttach\x12\x17.bpfrl.v1.AttachRequest\x1a\x15.bpfrl.v1.AttachReply(\x01\x30\x01\x12\x31\n\x06Update\x12\x17.bpfrl.v1.UpdateRequest\x1a\x0e.bpfrl.v1.Done\x12\x31\n\x06\x44\x65tach\x12\x17.bpfrl.v1.DetachRequest\x1a\x0e.bpfrl.v1.Done\x12\x32\n\x04List\x12\x15.bpfrl.v1.ListRequest\x1a\x13.bpfrl.v1.ListReply\x12;\n\x07\x45xplain\x12\x18.bpfrl.v1.ExplainRequest\x1a\x16.bpfrl.v1.ExplainReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x62pfrl/rpc/node.proto\x12\x08\x62pfrl.v1\"3\n\x03Pod\x12\x0b\n\x03uid\x18\x01 \x01(\t\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\"^\n\x06Limits\x12\x1e\n\x16\x65gress_bits_per_second\x18\x01 \x01(\x04\x12\x1f\n\x17ingress_bits_per_second\x18\x02 \x01(\x04\x12\x13\n\x0b\x62urst_bytes\x18\x03 \x01(\x04\"\x84\x01\n\x06Header\x12\x1a\n\x03pod\x18\x01 \x01(\x0b\x32\r.bpfrl.v1.Pod\x12 \n\x06limits\x18\x02 \x01(\x0b\x32\x10.bpfrl.v1.Limits\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\x12\r\n\x05\x62uild\x18\x05 \x01(\x0c\x12\x0f\n\x07wait_ms\x18\x06 \x01(\r\"L\n\rAttachRequest\x12\"\n\x06header\x18\x01 \x01(\x0b\x32\x10.bpfrl.v1.HeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04step\"T\n\x0b\x41ttachReply\x12#\n\x06stages\x18\x01 \x03(\x0e\x32\x0f.bpfrl.v1.StageB\x02\x10\x00\x12 \n\x06\x63hange\x18\x02 \x01(\x0e\x32\x10.bpfrl.v1.Change\">\n\rUpdateRequest\x12\x0b\n\x03uid\x18\x01 \x01(\t\x12 \n\x06limits\x18\x02 \x01(\x0b\x32\x10.bpfrl.v1.Limits\"\x1c\n\rDetachRequest\x12\x0b\n\x03uid\x18\x01 \x01(\t\"(\n\x04\x44one\x12 \n\x06\x63hange\x18\x01 \x01(\x0e\x32\x10.bpfrl.v1.Change\"\r\n\x0bListRequest\"g\n\x07Traffic\x12\x16\n\x0epassed_packets\x18\x01 \x01(\x04\x12\x14\n\x0cpassed_bytes\x18\x02 \x01(\x04\x12\x17\n\x0f\x64ropped_packets\x18\x03 \x01(\x04\x12\x15\n\rdropped_bytes\x18\x04 \x01(\x04\"\xe6\x01\n\x07Limiter\x12\x1a\n\x03pod\x18\x01 \x01(\x0b\x32\r.bpfrl.v1.Pod\x12\x0e\n\x06\x62roken\x18\x02 \x01(\t\x12 \n\x06limits\x18\x03 \x01(\x0b\x32\x10.bpfrl.v1.Limits\x12!\n\x06\x65gress\x18\x04 \x01(\x0b\x32\x11.bpfrl.v1.Traffic\x12\"\n\x07ingress\x18\x05 \x01(\x0b\x32\x11.bpfrl.v1.Traffic\x12\x11\n\tcgroup_id\x18\x06 \x01(\x04\x12\x13\n\x0b\x61ttached_at\x18\x07 \x01(\x01\x12\r\n\x05\x62uild\x18\x08 \x01(\x0c\x12\x0f\n\x07\x61\x64opted\x18\t \x01(\x08\"0\n\tListReply\x12#\n\x08limiters\x18\x01 \x03(\x0b\x32\x11.bpfrl.v1.Limiter\"\x1d\n\x0e\x45xplainRequest\x12\x0b\n\x03uid\x18\x01 \x01(\t\"j\n\x07Program\x12\x0c\n\x04hook\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\r\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0b\n\x03tag\x18\x04 \x01(\x0c\x12\x0c\n\x04kind\x18\x05 \x01(\t\x12\x0e\n\x06\x63group\x18\x06 \x01(\t\x12\x0c\n\x04mode\x18\x07 \x01(\t\"\'\n\x07Sockets\x12\r\n\x05known\x18\x01 \x01(\x04\x12\r\n\x05paced\x18\x02 \x01(\x04\"3\n\x07Refusal\x12\n\n\x02\x61t\x18\x01 \x01(\x01\x12\x0c\n\x04\x63\x61ll\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xfb\x01\n\x0c\x45xplainReply\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06\x63group\x18\x02 \x01(\t\x12\x11\n\tno_cgroup\x18\x03 \x01(\t\x12\"\n\x07limiter\x18\x04 \x01(\x0b\x32\x11.bpfrl.v1.Limiter\x12#\n\x08programs\x18\x05 \x03(\x0b\x32\x11.bpfrl.v1.Program\x12\x12\n\ncooperates\x18\x06 \x01(\x08\x12\"\n\x07sockets\x18\x07 \x01(\x0b\x32\x11.bpfrl.v1.Sockets\x12\x12\n\nno_sockets\x18\x08 \x01(\t\x12\"\n\x07refusal\x18\t \x01(\x0b\x32\x11.bpfrl.v1.Refusal*}\n\x05Stage\x12\x15\n\x11STAGE_UNSPECIFIED\x10\x00\x12\x11\n\rSTAGE_PROCEED\x10\x01\x12\x12\n\x0eSTAGE_RECEIVED\x10\x02\x12\x10\n\x0cSTAGE_LOADED\x10\x03\x12\x10\n\x0cSTAGE_PINNED\x10\x04\x12\x12\n\x0eSTAGE_ATTACHED\x10\x05*\x87\x01\n\x06\x43hange\x12\x16\n\x12\x43HANGE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x43HANGE_ATTACHED\x10\x01\x12\x12\n\x0e\x43HANGE_UPDATED\x10\x02\x12\x14\n\x10\x43HANGE_UNCHANGED\x10\x03\x12\x13\n\x0f\x43HANGE_DETACHED\x10\x04\x12\x11\n\rCHANGE_ABSENT\x10\x05\x32\x9b\x02\n\x04Node\x12<\n\x06\x41ttach\x12\x17.bpfrl.v1.AttachRequest\x1a\x15.bpfrl.v1.AttachReply(\x01\x30\x01\x12\x31\n\x06Update\x12\x17.bpfrl.v1.UpdateRequest\x1a\x0e.bpfrl.v1.Done\x12\x31\n\x06\x44\x65tach\x12\x17.bpfrl.v1.DetachRequest\x1a\x0e.bpfrl.v1.Done\x12\x32\n\x04List\x12\x15.bpfrl.v1.ListRequest\x1a\x13.bpfrl.v1.ListReply\x12;\n\x07\x45xplain\x12\x18.bpfrl.v1.ExplainRequest\x1a\x16.bpfrl.v1.ExplainReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'bpfrl.rpc.node_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STAGE']._serialized_start=1503
-  _globals['_STAGE']._serialized_end=1628
-  _globals['_CHANGE']._serialized_start=1631
-  _globals['_CHANGE']._serialized_end=1766
+  _globals['_ATTACHREPLY'].fields_by_name['stages']._loaded_options = None
+  _globals['_ATTACHREPLY'].fields_by_name['stages']._serialized_options = b'\020\000'
+  _globals['_STAGE']._serialized_start=1508
+  _globals['_STAGE']._serialized_end=1633
+  _globals['_CHANGE']._serialized_start=1636
+  _globals['_CHANGE']._serialized_end=1771
   _globals['_POD']._serialized_start=34
   _globals['_POD']._serialized_end=85
   _globals['_LIMITS']._serialized_start=87
@@ -44,31 +46,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ATTACHREQUEST']._serialized_start=318
   _globals['_ATTACHREQUEST']._serialized_end=394
   _globals['_ATTACHREPLY']._serialized_start=396
-  _globals['_ATTACHREPLY']._serialized_end=475
-  _globals['_UPDATEREQUEST']._serialized_start=477
-  _globals['_UPDATEREQUEST']._serialized_end=539
-  _globals['_DETACHREQUEST']._serialized_start=541
-  _globals['_DETACHREQUEST']._serialized_end=569
-  _globals['_DONE']._serialized_start=571
-  _globals['_DONE']._serialized_end=611
-  _globals['_LISTREQUEST']._serialized_start=613
-  _globals['_LISTREQUEST']._serialized_end=626
-  _globals['_TRAFFIC']._serialized_start=628
-  _globals['_TRAFFIC']._serialized_end=731
-  _globals['_LIMITER']._serialized_start=734
-  _globals['_LIMITER']._serialized_end=964
-  _globals['_LISTREPLY']._serialized_start=966
-  _globals['_LISTREPLY']._serialized_end=1014
-  _globals['_EXPLAINREQUEST']._serialized_start=1016
-  _globals['_EXPLAINREQUEST']._serialized_end=1045
-  _globals['_PROGRAM']._serialized_start=1047
-  _globals['_PROGRAM']._serialized_end=1153
-  _globals['_SOCKETS']._serialized_start=1155
-  _globals['_SOCKETS']._serialized_end=1194
-  _globals['_REFUSAL']._serialized_start=1196
-  _globals['_REFUSAL']._serialized_end=1247
-  _globals['_EXPLAINREPLY']._serialized_start=1250
-  _globals['_EXPLAINREPLY']._serialized_end=1501
-  _globals['_NODE']._serialized_start=1769
-  _globals['_NODE']._serialized_end=2052
+  _globals['_ATTACHREPLY']._serialized_end=480
+  _globals['_UPDATEREQUEST']._serialized_start=482
+  _globals['_UPDATEREQUEST']._serialized_end=544
+  _globals['_DETACHREQUEST']._serialized_start=546
+  _globals['_DETACHREQUEST']._serialized_end=574
+  _globals['_DONE']._serialized_start=576
+  _globals['_DONE']._serialized_end=616
+  _globals['_LISTREQUEST']._serialized_start=618
+  _globals['_LISTREQUEST']._serialized_end=631
+  _globals['_TRAFFIC']._serialized_start=633
+  _globals['_TRAFFIC']._serialized_end=736
+  _globals['_LIMITER']._serialized_start=739
+  _globals['_LIMITER']._serialized_end=969
+  _globals['_LISTREPLY']._serialized_start=971
+  _globals['_LISTREPLY']._serialized_end=1019
+  _globals['_EXPLAINREQUEST']._serialized_start=1021
+  _globals['_EXPLAINREQUEST']._serialized_end=1050
+  _globals['_PROGRAM']._serialized_start=1052
+  _globals['_PROGRAM']._serialized_end=1158
+  _globals['_SOCKETS']._serialized_start=1160
+  _globals['_SOCKETS']._serialized_end=1199
+  _globals['_REFUSAL']._serialized_start=1201
+  _globals['_REFUSAL']._serialized_end=1252
+  _globals['_EXPLAINREPLY']._serialized_start=1255
+  _globals['_EXPLAINREPLY']._serialized_end=1506
+  _globals['_NODE']._serialized_start=1774
+  _globals['_NODE']._serialized_end=2057
 # @@protoc_insertion_point(module_scope)

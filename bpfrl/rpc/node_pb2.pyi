@@ -226,20 +226,23 @@ Global___AttachRequest: _TypeAlias = AttachRequest  # noqa: Y015
 class AttachReply(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    STAGE_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
     CHANGE_FIELD_NUMBER: _builtins.int
-    stage: Global___Stage.ValueType
     change: Global___Change.ValueType
     """with STAGE_ATTACHED"""
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedScalarFieldContainer[Global___Stage.ValueType]:
+        """in their order; whoever reads one only reads the last"""
+
     def __init__(
         self,
         *,
-        stage: Global___Stage.ValueType = ...,
+        stages: _abc.Iterable[Global___Stage.ValueType] | None = ...,
         change: Global___Change.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "stage", b"stage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "stages", b"stages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -74,7 +74,8 @@ class NodeServicer:
         (end of requests)      ->
         <-        RECEIVED, LOADED, PINNED, ATTACHED
 
-        LOADED and PINNED are left out where the programs of a limiter that is there are replaced in place.
+        Stages that come within a tenth of a second are told in one message. LOADED and PINNED are left out where the
+        programs of a limiter that is there are replaced in place.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -61,7 +61,8 @@ class NodeStub:
       (end of requests)      ->
                              <-        RECEIVED, LOADED, PINNED, ATTACHED
 
-    LOADED and PINNED are left out where the programs of a limiter that is there are replaced in place.
+    Stages that come within a tenth of a second are told in one message. LOADED and PINNED are left out where the
+    programs of a limiter that is there are replaced in place.
     """
     Update: _grpc.UnaryUnaryMultiCallable[_node_pb2.UpdateRequest, _node_pb2.Done]
     """Changes the limits of a pod that has a limiter, without a gap."""
@@ -85,7 +86,8 @@ class NodeAsyncStub(NodeStub):
       (end of requests)      ->
                              <-        RECEIVED, LOADED, PINNED, ATTACHED
 
-    LOADED and PINNED are left out where the programs of a limiter that is there are replaced in place.
+    Stages that come within a tenth of a second are told in one message. LOADED and PINNED are left out where the
+    programs of a limiter that is there are replaced in place.
     """
     Update: _aio.UnaryUnaryMultiCallable[_node_pb2.UpdateRequest, _node_pb2.Done]  # type: ignore[assignment]
     """Changes the limits of a pod that has a limiter, without a gap."""
@@ -112,7 +114,8 @@ class NodeServicer(metaclass=_abc_1.ABCMeta):
           (end of requests)      ->
                                  <-        RECEIVED, LOADED, PINNED, ATTACHED
 
-        LOADED and PINNED are left out where the programs of a limiter that is there are replaced in place.
+        Stages that come within a tenth of a second are told in one message. LOADED and PINNED are left out where the
+        programs of a limiter that is there are replaced in place.
         """
 
     @_abc_1.abstractmethod

@@ -175,7 +175,7 @@ class Wire:
             if len(requests) < 2 and end:
                 await stream.done_writing()
             async for reply in replies(stream):
-                stages.append(node_pb2.Stage.Name(reply.stage).removeprefix("STAGE_"))
+                stages += [node_pb2.Stage.Name(each).removeprefix("STAGE_") for each in reply.stages]
                 change = node_pb2.Change.Name(reply.change).removeprefix("CHANGE_") if reply.change else change
                 if stages == ["PROCEED"]:
                     await self._send(stream, *requests[1:])
@@ -788,7 +788,7 @@ async def half_sent(wire: Wire, uid: str) -> Any:
     stream = wire.stub.Attach(timeout=SECONDS)
     announcement, *rest = whole(uid, program(FAST))
     await stream.write(announcement)
-    assert (await stream.read()).stage == node_pb2.STAGE_PROCEED
+    assert (await stream.read()).stages == [node_pb2.STAGE_PROCEED]
     for request in rest[: len(rest) // 2]:
         await stream.write(request)
     return stream
@@ -822,11 +822,11 @@ def test_who_gives_up_at_the_end_leaves_no_complaint_in_the_log(
         for _ in range(5):
             stream = wire.stub.Attach(timeout=SECONDS)
             await stream.write(announcement)
-            assert (await stream.read()).stage == node_pb2.STAGE_PROCEED
+            assert (await stream.read()).stages == [node_pb2.STAGE_PROCEED]
             for request in rest:
                 await stream.write(request)
             await stream.done_writing()
-            assert (await stream.read()).stage == node_pb2.STAGE_RECEIVED
+            assert (await stream.read()).stages == [node_pb2.STAGE_RECEIVED]
             stream.cancel()
             assert await wire.client.list() == []
 
@@ -841,12 +841,12 @@ def test_a_pod_that_ends_while_its_program_travels_is_not_found(bed: Lab, pki: P
         stream = wire.stub.Attach(timeout=SECONDS)
         announcement, *rest = whole(bed.pod_uid, program(FAST))
         await stream.write(announcement)
-        assert (await stream.read()).stage == node_pb2.STAGE_PROCEED
+        assert (await stream.read()).stages == [node_pb2.STAGE_PROCEED]
         end_pod(bed)
         for request in rest:
             await stream.write(request)
         await stream.done_writing()
-        assert (await stream.read()).stage == node_pb2.STAGE_RECEIVED
+        assert (await stream.read()).stages == [node_pb2.STAGE_RECEIVED]
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stream.read()
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
@@ -943,7 +943,7 @@ def test_idle_calls_are_in_nobodys_way(bed: Lab, pki: Path) -> None:
             for stream in idle:
                 await stream.write(header(bed.pod_uid, program(FAST)))
             for stream in idle:
-                assert (await stream.read()).stage == node_pb2.STAGE_PROCEED
+                assert (await stream.read()).stages == [node_pb2.STAGE_PROCEED]
             start = time.monotonic()
             assert await wire.client.update(uid, FAST) is Change.UPDATED
             assert len(await wire.client.list()) == 1

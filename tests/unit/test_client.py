@@ -42,12 +42,12 @@ Requests = AsyncIterator[node_pb2.AttachRequest]
 Behaviour = Callable[[Requests, Context], AsyncIterator[node_pb2.AttachReply]]
 
 
-PROCEED = node_pb2.AttachReply(stage=node_pb2.STAGE_PROCEED)
+PROCEED = node_pb2.AttachReply(stages=[node_pb2.STAGE_PROCEED])
 STAGES = tuple(
-    node_pb2.AttachReply(stage=stage)
+    node_pb2.AttachReply(stages=[stage])
     for stage in (node_pb2.STAGE_RECEIVED, node_pb2.STAGE_LOADED, node_pb2.STAGE_PINNED)
 )
-ATTACHED = node_pb2.AttachReply(stage=node_pb2.STAGE_ATTACHED, change=node_pb2.CHANGE_ATTACHED)
+ATTACHED = node_pb2.AttachReply(stages=[node_pb2.STAGE_ATTACHED], change=node_pb2.CHANGE_ATTACHED)
 
 
 async def drain(requests: Requests) -> None:
@@ -184,7 +184,7 @@ def test_no_bytes_travel_to_a_node_that_has_the_program(change: Change) -> None:
 
     async def keep(requests: Requests, _: Context) -> AsyncIterator[node_pb2.AttachReply]:
         await anext(requests)
-        yield node_pb2.AttachReply(stage=node_pb2.STAGE_ATTACHED, change=messages.from_change(change))
+        yield node_pb2.AttachReply(stages=[node_pb2.STAGE_ATTACHED], change=messages.from_change(change))
         try:
             more.append(await asyncio.wait_for(anext(requests), 0.3))
         except TimeoutError:
@@ -388,7 +388,7 @@ def test_a_list_with_what_cannot_be_is_a_refusal(limiter: node_pb2.Limiter) -> N
 def test_a_change_that_nobody_knows_is_a_refusal(number: int) -> None:
     async def odd(requests: Requests, _: Context) -> AsyncIterator[node_pb2.AttachReply]:
         await anext(requests)
-        yield node_pb2.AttachReply(stage=node_pb2.STAGE_ATTACHED, change=number)  # type: ignore[arg-type]
+        yield node_pb2.AttachReply(stages=[node_pb2.STAGE_ATTACHED], change=number)  # type: ignore[arg-type]
 
     node = Node(odd, done=number)
     for method in (attach, lambda own: own.update(UID, LIMITS), lambda own: own.detach(UID)):

@@ -23,7 +23,7 @@ def without_libbpf(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("without_libbpf")
 def test_bccs_library_has_it_too() -> None:
     assert libbpf.version().startswith("v")
-    assert libbpf._lib()._name.startswith("libbcc")
+    assert libbpf._library()._name.startswith("libbcc")
 
 
 def test_bcc_and_its_compiler_are_not_loaded_where_libbpf_is() -> None:

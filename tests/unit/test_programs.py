@@ -91,9 +91,7 @@ def test_a_changed_limit_leaves_everyones_share_of_it(
 
 
 @given(a=halves, b=halves)
-def test_the_lesser_and_the_greater_are_found_without_a_branch(
-    built: tuple[Limiter, Program], a: int, b: int
-) -> None:
+def test_the_lesser_and_the_greater_are_found_without_a_branch(built: tuple[Limiter, Program], a: int, b: int) -> None:
     library = built[0].library
     assert (library.least_of(a, b), library.greatest_of(a, b)) == (min(a, b), max(a, b))
     assert (library.least_of(a, a), library.greatest_of(a, a)) == (a, a)
