@@ -484,7 +484,7 @@ class Watch:
         return max(0.0, min(self._span.end, self._bookmark_at) - now)
 
     def _bookmark(self) -> bytes:
-        metadata = {"resourceVersion": str(self._store.version)}
+        metadata = {"resourceVersion": str(self._store.version), "creationTimestamp": None}
         return b'{"type":"BOOKMARK","object":%s"metadata":%s}}\n' % (
             self._table.kind.head,
             msgspec.json.encode(metadata),

@@ -32,7 +32,7 @@ class Metadata(msgspec.Struct, rename="camel", gc=False):
     namespace: str = ""
     uid: str = ""
     resource_version: str = ""
-    creation_timestamp: str = ""
+    creation_timestamp: str | None = None  # null in a bookmark
     annotations: dict[str, str] | None = None
     labels: dict[str, str] | None = None
 
@@ -110,7 +110,7 @@ def read(raw: RawPod) -> Pod:
         limits=limits,
         problem=problem,
         ended=ended,
-        created=metadata.creation_timestamp if uid != metadata.uid else "",
+        created=(metadata.creation_timestamp or "") if uid != metadata.uid else "",
     )
 
 

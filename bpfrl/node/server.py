@@ -59,15 +59,13 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 _Requests = AsyncIterator[node_pb2.AttachRequest]
 _Stages = deque["node_pb2.Stage.ValueType"]
 
-# A limiter has 24 KB.
-_LARGEST_PROGRAM_BYTES: Final = 2**20
+# A limiter has 24 KB. With a master's certificate a thousand may be on their way at once.
+_LARGEST_PROGRAM_BYTES: Final = 2**17
 # What the kernel does for one pod takes milliseconds; a master makes eight calls at a time. One is more than there are
 # CPUs, for those that wait for the lock.
 _MOST_WORKERS: Final = 4
 # On a bad line a limiter takes a second or two.
 _TRANSFER_SECONDS: Final = 20.0
-# Twice as many as a master makes. One on its way takes memory for all that may come in it.
-_MOST_TRANSFERS: Final = 16
 # The master asks again; calls that wait for nothing do not pile up here.
 _LONGEST_WAIT_SECONDS: Final = 300.0
 # Which roles may make which call, by the word that refusals and the log have for it.
@@ -135,7 +133,6 @@ class NodeService(NodeServicer):
         self._refusals = explain.Refusals()
         workers = min(len(os.sched_getaffinity(0)) + 1, _MOST_WORKERS)
         self._worker = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="agent")
-        self._transfers = asyncio.Semaphore(_MOST_TRANSFERS)
         self._listing = asyncio.Lock()
         self._next_list: asyncio.Task[node_pb2.ListReply] | None = None
         # Who only looks, which may mean at every socket of the node, keeps nobody from being limited.
@@ -155,9 +152,8 @@ class NodeService(NodeServicer):
             stages = _Stages()
             change = await self._keep(pod, limits, header.build, path)
             if change is None:
-                async with self._transfers:
-                    yield node_pb2.AttachReply(stages=[node_pb2.STAGE_PROCEED])
-                    image = await _receive(request_iterator, header)
+                yield node_pb2.AttachReply(stages=[node_pb2.STAGE_PROCEED])
+                image = await _receive(request_iterator, header)
                 _compare(image, header, limits)
                 if self._known_only and not generator.is_known(image):
                     raise _unknown(header.build)

@@ -435,7 +435,7 @@ def test_bookmarks_come_between_events_and_at_the_end(stand_in: StandIn, namespa
     with stand_in.watch(pods(namespace), resourceVersion=now, timeoutSeconds=1, allowWatchBookmarks=True) as stream:
         events = list(stream)
     assert len(events) > 3
-    metadata = {"resourceVersion": now}
+    metadata = {"resourceVersion": now, "creationTimestamp": None}
     bookmark = {"type": "BOOKMARK", "object": {"kind": "Pod", "apiVersion": "v1", "metadata": metadata}}
     assert all(event == bookmark for event in events)
 

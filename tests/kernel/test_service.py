@@ -559,9 +559,9 @@ REFUSED: dict[str, tuple[Callable[[str], Requests], str, str, bool]] = {
         True,
     ),
     "more than any limiter has": (
-        of(lambda image: image.ljust(2**20 + 1, b"\0")),
+        of(lambda image: image.ljust(2**17 + 1, b"\0")),
         "RESOURCE_EXHAUSTED",
-        "a program of 1048577 byte is no limiter: those have at most 1048576",
+        "a program of 131073 byte is no limiter: those have at most 131072",
         False,
     ),
     "as much as can be said": (announced(size=2**64 - 1), "RESOURCE_EXHAUSTED", "is no limiter: those have", False),

@@ -51,7 +51,8 @@ def event(kind: str, thing: dict[str, Any]) -> bytes:
 
 def bookmark(version: str) -> bytes:
     """A line that says nothing but how far the watch has come."""
-    return event("BOOKMARK", {"kind": "Pod", "metadata": {"resourceVersion": version}})
+    metadata = {"resourceVersion": version, "creationTimestamp": None}
+    return event("BOOKMARK", {"kind": "Pod", "metadata": metadata, "spec": {"containers": None}, "status": {}})
 
 
 def failure(code: int, message: str = "") -> bytes:
