@@ -23,9 +23,9 @@ from bpfrl.rpc.client import Connections, NodeClient
 
 log = logging.getLogger(__name__)
 
-# All of the nodes of most clusters, in 30 MB. Beyond that, a node that was started anew may be noticed only when there
+# All of the nodes of most clusters, in 20 MB. Beyond that, a node that was started anew may be noticed only when there
 # is something to tell it, or at the next resync.
-_IDLE_CONNECTIONS: Final = 300
+_IDLE_CONNECTIONS: Final = 200
 # With 150,000 pods, looking for garbage in all of memory takes 0.3 s, in which nothing else is done.
 _FREEZE_SECONDS: Final = 30.0
 _FREEZES: Final = 20

@@ -14,7 +14,7 @@ import pytest
 from bench.lab import Lab
 from bpfrl.bpf import generator, libbpf, limiter, probe
 from bpfrl.bpf.libbpf import AttachType, Descriptor, MapShape, MapType, ProgramType
-from bpfrl.bpf.limiter import Broken
+from bpfrl.bpf.limiter import Broken, Status
 from bpfrl.cgroup import CgroupTree
 from bpfrl.errors import BpfrlError, BrokenLimiterError
 from bpfrl.limits import Change, Limits, PodRef
@@ -173,3 +173,31 @@ def test_thousands_of_folders_are_no_more_than_slow(bed: Lab) -> None:
     assert agent.detach(str(uuid.UUID(int=1))) is Change.DETACHED
     whole = [each for each in agent.limiters() if not isinstance(each, Broken)]
     assert [each.pod.uid for each in whole] == [bed.pod_uid]
+
+
+@pytest.mark.parametrize("pin", ["state", "identity", "egress", "sockets"])
+def test_a_limiter_that_was_known_and_has_changed_is_looked_at_anew(bed: Lab, pin: str) -> None:
+    """What is known of a folder that has been as it is for a while goes by its time (limiter._identity)."""
+    agent, uid = Agent(bed.bpffs), bed.pod_uid
+    agent.attach(generator.generate(None, Limits(Rate(10**6))), PodRef(uid, "shop", "cart"), bed.pod_cgroup)
+    folder = bed.bpffs / uid
+    known = limiter._identified.cache_info()
+    for _ in range(3):
+        os.utime(folder, ns=(1, 1))
+        assert isinstance(agent.limiter(uid), Status)
+    assert limiter._identified.cache_info().hits == known.hits + 2
+    (folder / pin).unlink()
+    found = agent.limiter(uid)
+    assert isinstance(found, Broken)
+    assert f"{pin} is missing" in found.reason
+    agent.detach(uid)
+
+
+def test_a_limiter_that_has_just_come_is_not_known_by_its_time(bed: Lab) -> None:
+    agent, uid = Agent(bed.bpffs), bed.pod_uid
+    agent.attach(generator.generate(None, Limits(Rate(10**6))), PodRef(uid), bed.pod_cgroup)
+    known = limiter._identified.cache_info()
+    for _ in range(3):
+        assert isinstance(agent.limiter(uid), Status)
+    assert limiter._identified.cache_info() == known
+    agent.detach(uid)
