@@ -12,6 +12,7 @@ it, by one clock.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import random
 import signal
@@ -39,6 +40,8 @@ _SEED: Final = 1
 # One limit takes milliseconds of this machine, and a large cluster has 30,000.
 _PATIENCE_SECONDS: Final = 300.0
 _SHARE_UNREACHABLE: Final = 0.1
+# What lasts no longer than this may be gone before its node has a connection.
+_MOMENT_SECONDS: Final = 1.0
 # The relist comes when so much of the time is over.
 _RELIST_AFTER: Final = 0.2
 _FIREWALL: Final = """\
@@ -113,7 +116,7 @@ class Bed:
         wait_for(lambda: not self._api.changes().running, 2 * seconds + _PATIENCE_SECONDS)
         cpu = (self.master.cpu() - cpu) / (time.monotonic() - start)
         left_out = {*without}
-        changes = [each for each in self._api.changes().told if each.address not in left_out]
+        changes = [each for each in _lasting(self._api.changes().told) if each.address not in left_out]
         wait_for(lambda: None not in self._delays(changes), _PATIENCE_SECONDS, lambda: self._unheard(changes))
         delays = [delay for delay in self._delays(changes) if delay is not None]
         self._calls.clear()
@@ -181,6 +184,19 @@ class Bed:
         file = Path(self._api.folder, "rules.nft")
         file.write_text(rules)
         run(*in_namespace(self._namespace, "nft", "-f", str(file)))
+
+
+def _lasting(told: Sequence[Change]) -> Iterator[Change]:
+    """The changes without those that nobody has to be told of, for their pods were deleted a moment later."""
+    deleted = {each.uid: each.at for each in told if each.kind == "delete"}
+    created = {each.uid: each.at for each in told if each.kind == "create"}
+    for each in told:
+        if each.kind == "delete":
+            brief = each.at - created.get(each.uid, -math.inf) < _MOMENT_SECONDS
+        else:
+            brief = deleted.get(each.uid, math.inf) - each.at < _MOMENT_SECONDS
+        if not brief:
+            yield each
 
 
 def _delay(change: Change, calls: Sequence[Call]) -> float | None:

@@ -43,6 +43,8 @@ _FIRST_POD_PAUSE: Final = 0.5
 _LONGEST_POD_PAUSE: Final = 60.0
 _FIRST_NODE_PAUSE: Final = 0.2
 _LONGEST_NODE_PAUSE: Final = 15.0
+# A node that may have been started anew is asked when what is on its way there has ended, or after this.
+_SETTLING_SECONDS: Final = 5.0
 # A daemon that is being replaced is back by then.
 _NODE_FAILURES_TOLD: Final = 6
 # Resyncs are spread by this share, so that all nodes are not asked at once.
@@ -171,6 +173,8 @@ class NodeWorker:
         self._changed: set[str] = set()
         self._due: dict[str, float] | None = None  # since when what is wanted is not in force, s; None: nobody works
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._sent: set[str] = set()  # what the node has been told and has not answered
+        self._uncertain: set[str] = set()  # what was on the way while the node was asked
         self._patient: set[str] = set()
         self._pauses: dict[str, Backoff] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
@@ -259,9 +263,9 @@ class NodeWorker:
 
     async def _ask(self) -> bool:
         """Learn what the node has; False, after a pause, if it does not say."""
-        busy = tuple(self._tasks)
         try:
             async with self._turns.ask(again=self._backoff.failures > 0):
+                self._uncertain = {*self._sent}
                 listed = await self._client.list()
         except (UnreachableError, RefusedError) as error:
             pause = self._backoff.delay()
@@ -278,7 +282,7 @@ class NodeWorker:
         refs = [PodRef(each.uid) if isinstance(each, Broken) else each.pod for each in listed]
         self._found = {ref.uid: Has.of(each) for ref, each in zip(refs, listed, strict=True) if ref.is_pod}
         # The node may have answered before, or after, what was on the way meanwhile.
-        self._found |= dict.fromkeys(busy, Has())
+        self._found |= dict.fromkeys(self._uncertain, Has())
         self._changed |= self._found.keys() | self.wants.keys()
         spread = random.uniform(1 - _JITTER, 1 + _JITTER)  # noqa: S311 - no secret
         self._resync_at = asyncio.get_running_loop().time() + self._resync * spread
@@ -294,6 +298,10 @@ class NodeWorker:
         await self._client.lost()
         # Something in between may cut off every connection.
         await asyncio.sleep(_FIRST_NODE_PAUSE)
+        # What is on the way when the node is asked has to be told again. That may take another connection, after which
+        # it is asked again: with more nodes at work than connections there was no end. Calls to one that is gone fail.
+        if calls := [task for uid, task in self._tasks.items() if uid not in self._patient]:
+            await asyncio.wait(calls, timeout=_SETTLING_SECONDS)
         self._found = None
         self._wake.set()
 
@@ -337,10 +345,9 @@ class NodeWorker:
         self._wake.set()
 
     async def _carry_out(self, uid: str, verb: Verb, want: Want | None) -> None:
-        self._set(uid, Has())
         try:
             if want is None or want.limits is None:
-                async with self._slot(self._turns.change):
+                async with self._slot(self._turns.change), self._sending(uid):
                     change = await self._client.detach(uid)
                 self._set(uid, None)
                 self._settled(uid, want)
@@ -364,7 +371,8 @@ class NodeWorker:
         """Attach or update, and wait for the pod's cgroup if it is not there yet."""
         image, pod = b"", want.pod
         try:
-            async with self._slot(self._turns.change if verb is Verb.UPDATE else self._turns.attach):
+            turns = self._turns.change if verb is Verb.UPDATE else self._turns.attach
+            async with self._slot(turns), self._sending(uid):
                 if verb is Verb.UPDATE:
                     return await self._client.update(uid, limits)
                 image = generator.generate(pod.ref, limits)
@@ -378,7 +386,8 @@ class NodeWorker:
         self._patient.add(uid)
         image = image or generator.generate(pod.ref, limits)
         try:
-            return await self._client.attach(pod.ref, limits, image, self._build, _CGROUP_SECONDS)
+            async with self._sending(uid):
+                return await self._client.attach(pod.ref, limits, image, self._build, _CGROUP_SECONDS)
         finally:
             self._patient.discard(uid)
 
@@ -388,6 +397,16 @@ class NodeWorker:
             if self._stopping:
                 raise asyncio.CancelledError
             yield
+
+    @asynccontextmanager
+    async def _sending(self, uid: str) -> AsyncIterator[None]:
+        """From here on nobody knows what the pod has, until the node has said how it went."""
+        self._set(uid, Has())
+        self._sent.add(uid)
+        try:
+            yield
+        finally:
+            self._sent.discard(uid)
 
     def _refused(self, uid: str, want: Want | None, error: RefusedError) -> None:
         failures = self._pause(uid)
@@ -417,8 +436,8 @@ class NodeWorker:
     def _set(self, uid: str, has: Has | None) -> None:
         # The node may have stopped answering meanwhile, and then all of it is asked for again.
         if self._found is None:
-            return
-        if has is None:
+            self._uncertain.add(uid)
+        elif has is None:
             self._found.pop(uid, None)
         else:
             self._found[uid] = has

@@ -565,6 +565,52 @@ def test_a_node_whose_connection_is_gone_is_asked_what_it_has() -> None:
     run(work())
 
 
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_node_with_another_connection_is_asked_when_what_is_on_the_way_has_ended_or_takes_too_long(
+    monkeypatch: pytest.MonkeyPatch, *, ends: bool
+) -> None:
+    """What was on the way when it was asked would be told again, over yet another connection perhaps."""
+    if not ends:
+        monkeypatch.setattr(module, "_SETTLING_SECONDS", 0.05)
+
+    async def work() -> None:
+        play = Played()
+        play.node.meanwhile = gate = Gate("attach")
+        for number in range(4):
+            play.want(number, SLOW)
+        async with running(play.worker.run()):
+            await until(lambda: len(gate.held) == 4)
+            play.node.cut = True
+            await asyncio.sleep(0.03)
+            play.node.cut = False
+            await asyncio.sleep(0.1)
+            assert play.node.calls.count(("list",)) == (1 if ends else 2)
+            gate.open()
+            await until(lambda: play.node.calls.count(("list",)) == 2)
+            await play.settled()
+            assert play.node.verbs() == ["attach"] * 4
+
+    run(work())
+
+
+def test_what_waits_for_its_turn_when_a_node_is_asked_is_told_once() -> None:
+    async def work() -> None:
+        play = Played(turns=(turns := Turns()))
+        uid = play.want(1, FAST)
+        async with play.at_work():
+            async with AsyncExitStack() as taken:
+                for _ in range(module._CHANGING):
+                    await taken.enter_async_context(turns.change)
+                play.want(1, SLOW)
+                await until(lambda: uid in play.worker._tasks)
+                await play.resync()
+            await until(lambda: play.node.limits() == {uid: SLOW})
+            await play.settled()
+        assert play.node.verbs() == ["attach", "update"]
+
+    run(work())
+
+
 def test_a_node_that_does_not_answer_is_asked_anew_and_other_pods_go_on() -> None:
     async def work() -> None:
         play = Played()
