@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import click
 from rich.console import Console, Group
@@ -64,9 +64,6 @@ class _Look(NamedTuple):
     def complaints(self) -> list[str]:
         """A line for whatever could not be seen."""
         return [*(f"node {name}: {reason}" for name, reason in self.silent.items()), *filter(None, [self.stale])]
-
-
-Result = TypeVar("Result")
 
 
 class _Place(NamedTuple):
@@ -283,7 +280,7 @@ def _at_nodes(named: Sequence[NodeAddress], remote: Remote, seconds: float, *, w
 
     with asyncio.Runner() as runner:
         try:
-            yield _Place(View.NODES, lambda: "no pods are limited there", lambda: runner.run(_heeding(look())))
+            yield _Place(View.NODES, lambda: "no pods are limited there", lambda: runner.run(look()))
         finally:
             runner.run(nodes.close())
 
@@ -313,7 +310,7 @@ def _at_cluster(
 
 def _pods(runner: asyncio.Runner, look: Coroutine[Any, Any, inventory.Look]) -> _Look:
     try:
-        found = runner.run(_heeding(look))
+        found = runner.run(look)
     except ApiError as error:
         if error.status == _BAD_REQUEST:
             raise click.UsageError(f"--selector cannot be meant: {error}") from error
@@ -332,14 +329,6 @@ def _pods(runner: asyncio.Runner, look: Coroutine[Any, Any, inventory.Look]) -> 
         for entry in found.entries
     ]
     return _Look(rows, found.silent, found.stale)
-
-
-async def _heeding(look: Coroutine[Any, Any, Result]) -> Result:
-    """A look that ends with Ctrl-C, also where a library has kept that to itself because its answer has just come."""
-    found = await look
-    if (task := asyncio.current_task()) and task.cancelling():
-        raise asyncio.CancelledError
-    return found
 
 
 def _nodes(remote: Remote, named: Mapping[str, NodeAddress]) -> inventory.Nodes:

@@ -281,7 +281,8 @@ def test_a_watched_cluster_draws_what_passes(cluster: Cluster, desk: Desk) -> No
 
     pinging = subprocess.Popen(in_namespace(pod.node.namespace, *flood), stdout=subprocess.DEVNULL)
     watch = subprocess.Popen(
-        desk.command("-A", "-w", "--sort-by", "dropping"),
+        # What a shell starts in the background, these tests perhaps, is not to heed Ctrl-C.
+        ["env", "--default-signal=INT", *desk.command("-A", "-w", "--sort-by", "dropping")],
         stdin=subprocess.DEVNULL,
         stdout=terminal,
         stderr=terminal,

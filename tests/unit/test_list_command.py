@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
-import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -25,7 +23,6 @@ from click.testing import CliRunner, Result
 from bpfrl.bpf.layout import Counters
 from bpfrl.bpf.limiter import Broken, Status
 from bpfrl.cli import cli
-from bpfrl.commands import list as list_command
 from bpfrl.limits import Limits, PodRef
 from bpfrl.master.annotations import EGRESS
 from bpfrl.rpc import authority, messages, node_pb2, tls
@@ -518,14 +515,3 @@ def test_a_cluster_is_watched(
     assert [line[-1].partition(":")[0] for line in lines] == ["pending", "ok", "ok"]
     assert [line[4] for line in lines] == ["-", "-", "0bit"]
     assert len(api.asked) == 1
-
-
-def test_ctrl_c_ends_a_look_even_if_a_library_keeps_it_to_itself() -> None:
-    async def look() -> str:
-        signal.raise_signal(signal.SIGINT)
-        with suppress(asyncio.CancelledError):
-            await asyncio.sleep(0)
-        return "answer"
-
-    with asyncio.Runner() as runner, pytest.raises(KeyboardInterrupt):
-        runner.run(list_command._heeding(look()))
