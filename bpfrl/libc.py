@@ -13,9 +13,6 @@ BPF_FS: Final = 0xCAFE4A11  # linux/magic.h: BPF_FS_MAGIC
 CLONE_NEWNET: Final = 0x40000000  # linux/sched.h
 MOUNT_NO_TRICKS: Final = 2 | 4 | 8  # linux/mount.h: MS_NOSUID, MS_NODEV, MS_NOEXEC
 _ARENA_MAX: Final = -8  # malloc.h: M_ARENA_MAX
-_MMAP_THRESHOLD: Final = -3  # malloc.h: M_MMAP_THRESHOLD
-# glibc's own, which it raises as it sees such blocks come and go.
-_MAPPED_BYTES: Final = 1 << 17
 _FILEID_KERNFS: Final = 0xFE  # linux/exportfs.h
 _STATFS_WORDS: Final = 16  # sys/statfs.h: struct statfs has 15, and its kind is the first
 
@@ -59,13 +56,11 @@ def share_arena() -> None:
     """Have all threads allocate from one arena (mallopt(3)); to be called before there are threads.
 
     glibc gives each thread an arena of its own, up to eight a CPU, and what is free in one is of no use to the others:
-    beside the interpreter's lock, gRPC's dozen threads lose less by waiting for each other than by that. And large
-    blocks, such as pages of a long list, go back to the kernel as they are freed, and leave no holes.
+    beside the interpreter's lock, gRPC's dozen threads lose less by waiting for each other than by that.
     A libc that has no arenas is left as it is.
     """
     if hasattr(_libc, "mallopt"):
         _libc.mallopt(_ARENA_MAX, 1)
-        _libc.mallopt(_MMAP_THRESHOLD, _MAPPED_BYTES)
 
 
 def give_back_memory() -> None:
