@@ -173,7 +173,7 @@ class NodeWorker:
         self._changed: set[str] = set()
         self._due: dict[str, float] | None = None  # since when what is wanted is not in force, s; None: nobody works
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._sent: set[str] = set()  # what the node has been told and has not answered
+        self._sent: set[str] = set()  # what the node has been told and has not answered, or may never
         self._uncertain: set[str] = set()  # what was on the way while the node was asked
         self._patient: set[str] = set()
         self._pauses: dict[str, Backoff] = {}
@@ -283,6 +283,7 @@ class NodeWorker:
         self._found = {ref.uid: Has.of(each) for ref, each in zip(refs, listed, strict=True) if ref.is_pod}
         # The node may have answered before, or after, what was on the way meanwhile.
         self._found |= dict.fromkeys(self._uncertain, Has())
+        self._sent &= self._tasks.keys()
         self._changed |= self._found.keys() | self.wants.keys()
         spread = random.uniform(1 - _JITTER, 1 + _JITTER)  # noqa: S311 - no secret
         self._resync_at = asyncio.get_running_loop().time() + self._resync * spread
@@ -400,13 +401,15 @@ class NodeWorker:
 
     @asynccontextmanager
     async def _sending(self, uid: str) -> AsyncIterator[None]:
-        """From here on nobody knows what the pod has, until the node has said how it went."""
+        """From here on nobody knows what the pod has, until the node says how it went: not if the call is cut off."""
         self._set(uid, Has())
         self._sent.add(uid)
         try:
             yield
-        finally:
+        except RefusedError:
             self._sent.discard(uid)
+            raise
+        self._sent.discard(uid)
 
     def _refused(self, uid: str, want: Want | None, error: RefusedError) -> None:
         failures = self._pause(uid)

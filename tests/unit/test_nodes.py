@@ -611,6 +611,27 @@ def test_what_waits_for_its_turn_when_a_node_is_asked_is_told_once() -> None:
     run(work())
 
 
+def test_a_call_that_was_cut_off_before_the_node_was_asked_may_still_be_carried_out_after_it() -> None:
+    async def work() -> None:
+        play = Played(turns=(turns := Turns()))
+        play.node.absent.add(uid_of(1))
+        uid = play.want(1, SLOW)
+        async with running(play.worker.run()):
+            await until(lambda: uid in play.node.waiting)
+            async with AsyncExitStack() as taken:
+                for _ in range(module._ASKING):
+                    await taken.enter_async_context(turns._ask)
+                play.worker._resync_at = 0.0
+                play.worker._wake.set()
+                await until(lambda: play.worker._found is None)
+                play.want(1, None)
+                await until(lambda: uid not in play.worker._tasks)
+            await until(lambda: play.node.calls.count(("list",)) == 2)
+            await until(lambda: play.node.verbs(uid) == ["attach", "wait", "detach"])
+
+    run(work())
+
+
 def test_a_node_that_does_not_answer_is_asked_anew_and_other_pods_go_on() -> None:
     async def work() -> None:
         play = Played()
